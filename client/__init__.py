@@ -1,0 +1,1 @@
+"""One hospital: its images, features, training and evaluation, behind one function."""

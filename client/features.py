@@ -1,0 +1,168 @@
+"""Features once: every image and view passes the trunk a single time, and its activations stay on disk.
+
+A row is one flat float16 vector. Its key is the image's digest and the view; its folder is named by trunk and
+preprocessing; so a second run, another partition, strategy or head finds it again, and in a simulation the whole
+data set is passed once. Batches have one size, the last one padded, so a row does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from client import views
+from client.cohort import Cohort
+from client.rowstore import RowStore
+from client.views import Augmentation
+from common.backbone import InputSpec, Trunk
+from common.errors import CacheError
+
+BATCH = {"cpu": 16, "cuda": 256}
+"""Images a forward pass: on a CPU, sixteen keep the activations of a layer in the cache and run fastest."""
+
+FLUSH_ROWS = 1024
+"""Rows between two writes to disk: what a killed process can lose."""
+
+RESIDENT_BYTES = 512 * 2**20
+"""Features up to this size are held in memory (on the GPU, where there is one); larger ones stay mapped."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """What turns an image into features: the trunk, its input, the views, and where the results are kept."""
+
+    trunk: Trunk
+    spec: InputSpec
+    store: RowStore
+    augmentation: Augmentation
+    device: torch.device
+
+    @staticmethod
+    def open(
+        trunk: Trunk,
+        spec: InputSpec,
+        *,
+        sha256: str,
+        cohort: Cohort,
+        cache: Path,
+        augmentation: Augmentation,
+        device: str,
+    ) -> Extractor:
+        """Return an extractor over the store of this trunk and preprocessing below `cache`.
+
+        Raises:
+            CacheError: the folder cannot be written.
+        """
+        folder = cache / "features" / f"{sha256[:32]}-{cohort.preprocessing}"
+        row = np.dtype(("<f2", (trunk.layout.width,)))
+        placed = trunk.to(device).to(memory_format=torch.channels_last)
+        return Extractor(placed, spec, RowStore(folder, row), augmentation, torch.device(device))
+
+    def missing(self, cohort: Cohort, view: int) -> NDArray[np.int64]:
+        """Return the indices of the examples whose features of one view are not on disk, one for each digest."""
+        keys = views.keys(cohort.digests, view, self.augmentation)
+        absent = np.flatnonzero(self.store.find(keys) < 0)
+        first = {key.tobytes(): index for index, key in zip(absent[::-1], keys[absent][::-1], strict=True)}
+        return np.sort(np.fromiter(first.values(), np.int64, len(first)))
+
+    def fill(self, cohort: Cohort, count: int, progress: Progress | None = None) -> int:
+        """Pass every image and view that is not on disk through the trunk; return how many that were.
+
+        Args:
+            cohort: the examples.
+            count: views an image.
+            progress: called with rows done and rows to do.
+
+        Raises:
+            CacheError: the disk is full, or an activation does not fit float16.
+        """
+        work = [(view, self.missing(cohort, view)) for view in range(count)]
+        total = sum(len(indices) for _, indices in work)
+        done = 0
+        for view, indices in work:
+            for part in _parts(indices, FLUSH_ROWS):
+                rows = self._extract(cohort, part, view)
+                self.store.append(views.keys(cohort.digests[part], view, self.augmentation), rows)
+                done += len(part)
+                if progress:
+                    progress(done, total)
+        return total
+
+    def _extract(self, cohort: Cohort, indices: NDArray[np.int64], view: int) -> NDArray[np.float16]:
+        rows = [self._forward(cohort, part, view) for part in _parts(indices, BATCH[self.device.type])]
+        joined = np.concatenate(rows)
+        if not np.isfinite(joined).all():
+            raise CacheError("an activation of the trunk is beyond float16; choose another --trainable or backbone")
+        return joined
+
+    @torch.inference_mode()
+    def _forward(self, cohort: Cohort, indices: NDArray[np.int64], view: int) -> NDArray[np.float16]:
+        size = BATCH[self.device.type]
+        padded = np.resize(indices, size)  # repeats: every batch has one shape, so one kernel computes every row
+        images = torch.from_numpy(cohort.pixels(padded)).float() / 255
+        images = views.augment(images, cohort.digests[padded], view, self.augmentation).to(self.device)
+        batch = views.normalise(images, self.spec).contiguous(memory_format=torch.channels_last)
+        rows = self.trunk(batch)[: len(indices)].float().cpu().numpy()
+        with np.errstate(over="ignore"):
+            return np.asarray(rows, np.float16)
+
+    def features(self, cohort: Cohort, count: int) -> Features:
+        """Return the cached features of a cohort.
+
+        Raises:
+            CacheError: `fill` was not run for this cohort, or a row was damaged since.
+        """
+        places = np.stack([self.store.find(views.keys(cohort.digests, v, self.augmentation)) for v in range(count)])
+        if (places < 0).any():
+            raise CacheError("features are missing from the cache; run again to complete it")
+        return Features.of(self.store, places, self.device)
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of N examples in K views: (K, N, D), in memory if they are few, else mapped from disk."""
+
+    resident: Tensor | None
+    store: RowStore
+    places: NDArray[np.int64]  # (K, N)
+    device: torch.device
+
+    @staticmethod
+    def of(store: RowStore, places: NDArray[np.int64], device: torch.device) -> Features:
+        """Return features, resident if they fit."""
+        small = places.size * store.row.itemsize <= RESIDENT_BYTES
+        rows = torch.from_numpy(store.take(places.reshape(-1)).reshape(*places.shape, -1)).to(device) if small else None
+        return Features(rows, store, places, device)
+
+    @property
+    def views(self) -> int:
+        """K."""
+        return len(self.places)
+
+    def batch(self, view: Tensor, index: Tensor) -> Tensor:
+        """Return the features of these examples in these views: two (B,) of int64 to (B, D) float32."""
+        if self.resident is not None:
+            return self.resident[view, index].float()
+        rows = torch.from_numpy(self.store.take(self.places[view.cpu().numpy(), index.cpu().numpy()]))
+        if self.device.type == "cuda":
+            return rows.pin_memory().to(self.device, non_blocking=True).float()
+        return rows.float()
+
+    def chunks(self, indices: NDArray[np.int64], size: int) -> Iterator[Tensor]:
+        """Yield the features of these examples in all views, (K, b, D) float32, b at most `size`."""
+        for part in _parts(indices, size):
+            index = torch.from_numpy(part).to(self.device)
+            yield torch.stack([self.batch(torch.full_like(index, view), index) for view in range(self.views)])
+
+
+def _parts(indices: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]

@@ -1,0 +1,205 @@
+"""The whole hospital behind one function: `handle(request) -> reply`.
+
+A site answers the closed set of requests of `common.messages`. It refuses with a code; what went wrong inside stays in
+its own log. The cohort never changes hands: replies hold sums, counts and weight updates, nothing of one image.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from client import evaluation, training
+from client.cohort import SPLITS, Cohort
+from client.features import Features, Progress
+from client.memory import Frozen, Memory
+from client.workshop import Bench, Workshop, threads, trunk_matches
+from common import analytic, codec, model, parameters
+from common.errors import ConfigError, SiteRefusal
+from common.messages import (
+    Describe,
+    Description,
+    Done,
+    Evaluate,
+    Evaluated,
+    Freeze,
+    InstallTrunk,
+    Prepare,
+    Reply,
+    Request,
+    Statistics,
+    Summed,
+    Train,
+    Trained,
+)
+from common.parameters import Parameters
+from common.run_config import RunConfig
+
+
+class Site:
+    """One hospital: its cohort, its share of the process's workshop, and its memory of the run.
+
+    Args:
+        name: the site's name in the federation.
+        cohort: its examples.
+        workshop: shared by the sites of one process.
+        memory: what survives a restart.
+        progress: told of long work.
+    """
+
+    def __init__(
+        self, name: str, cohort: Cohort, workshop: Workshop, memory: Memory, progress: Progress | None = None
+    ) -> None:
+        self.name = name
+        self.cohort = cohort
+        self._workshop = workshop
+        self._memory = memory
+        self._progress = progress
+        text = memory.run()
+        self._run = RunConfig.from_toml(text) if text else None
+        self._fingerprint = self._run.fingerprint() if self._run else ""
+        self._frozen: Frozen | None = memory.frozen()
+        self._cached: Features | None = None
+
+    def handle(self, request: Request) -> Reply:
+        """Answer a request.
+
+        Raises:
+            SiteRefusal: with a code of `common.messages.REFUSALS`.
+        """
+        match request:
+            case Describe():
+                return self._describe(request)
+            case InstallTrunk():
+                return self._install(self._known(request.fingerprint), request)
+            case Prepare():
+                return self._prepare(self._known(request.fingerprint))
+            case Statistics():
+                return self._statistics(self._known(request.fingerprint), request)
+            case Freeze():
+                self._known(request.fingerprint)
+                self._frozen = self._memory.remember_frozen(request)
+                return Done()
+            case Train():
+                return self._train(self._known(request.fingerprint), request)
+            case Evaluate():
+                return self._evaluate(self._known(request.fingerprint), request)
+
+    def _known(self, fingerprint: str) -> RunConfig:
+        if self._run is None or fingerprint != self._fingerprint:
+            raise SiteRefusal("unknown_run")
+        return self._run
+
+    def _describe(self, request: Describe) -> Description:
+        try:
+            run = RunConfig.from_toml(request.run)
+        except ConfigError:
+            raise SiteRefusal("malformed") from None
+        if run.task.labels != self.cohort.label_names:
+            raise SiteRefusal("labels_differ")
+        if run.data.preprocessing != self.cohort.preprocessing:
+            raise SiteRefusal("preprocessing_differs")
+        if run.fingerprint() != self._fingerprint:
+            self._memory.remember_run(request.run)
+            self._frozen, self._cached = None, None
+        self._run, self._fingerprint = run, run.fingerprint()
+        support = np.stack([self.cohort.support(split) for split in SPLITS])
+        return Description(self.name, support, self._memory.trunk())
+
+    def _install(self, run: RunConfig, request: InstallTrunk) -> Done:
+        content = request.content.tobytes()
+        if not trunk_matches(content, request.sha256) or request.sha256 != run.model.trunk_sha256:
+            raise SiteRefusal("unknown_trunk")
+        self._workshop.bench(run, request.sha256, content, self.cohort)
+        self._memory.remember_trunk(request.sha256, content)
+        return Done()
+
+    def _bench(self, run: RunConfig) -> Bench:
+        if self._memory.trunk() != run.model.trunk_sha256:
+            raise SiteRefusal("unknown_trunk")
+        bench = self._workshop.bench(run, run.model.trunk_sha256, None, self.cohort)
+        bench = bench or self._workshop.bench(run, run.model.trunk_sha256, self._memory.trunk_content(), self.cohort)
+        if bench is None:
+            raise SiteRefusal("unknown_trunk")
+        return bench
+
+    def _prepare(self, run: RunConfig) -> Done:
+        with threads():
+            self._bench(run).extractor.fill(self.cohort, run.data.views or 1, self._progress)
+        return Done()
+
+    def _features(self, run: RunConfig) -> Features:
+        if self._cached is None:
+            self._cached = self._bench(run).extractor.features(self.cohort, run.data.views or 1)
+        return self._cached
+
+    def _statistics(self, run: RunConfig, request: Statistics) -> Summed:
+        bench, features = self._bench(run), self._features(run)
+        indices = self.cohort.indices("train")
+        with threads():
+            inputs = evaluation.head_inputs(bench.upper, features, indices)
+            labels = self._labels_of_inputs(indices, features.views)
+            found = analytic.sums(inputs, labels, request.class_weights, gram=request.gram)
+        return Summed(**found.__dict__)
+
+    def _labels_of_inputs(self, indices: NDArray[np.int64], views: int) -> NDArray[np.int64]:
+        """Return labels in the order of `evaluation.head_inputs`: chunk by chunk, view by view."""
+        labels = self.cohort.labels[indices]
+        size = evaluation.CHUNK
+        return np.concatenate(
+            [np.tile(labels[start : start + size], views) for start in range(0, len(labels), size)] or [labels]
+        )
+
+    def _loaded(self, run: RunConfig, vector: NDArray[np.generic]) -> tuple[Bench, Frozen, Parameters]:
+        """Put the standardiser and the weights received into the upper."""
+        bench, frozen = self._bench(run), self._frozen
+        if frozen is None:
+            raise SiteRefusal("not_prepared")
+        shapes = codec.shapes_of(model.trainable_values(bench.upper))
+        try:
+            received = codec.decode(vector, shapes, run.wire.dtype)
+        except ValueError:
+            raise SiteRefusal("malformed") from None
+        model.load_standardiser(bench.upper, *(np.array(frozen[name], np.float32) for name in ("mean", "scale")))
+        model.load_trainable(bench.upper, received)
+        return bench, frozen, received
+
+    def _train(self, run: RunConfig, request: Train) -> Trained:
+        bench, frozen, received = self._loaded(run, request.weights)
+        features = self._features(run)
+        with threads(None if bench.upper.body is not None else 1):
+            found = self._evaluated(bench, features, "validation", request.edges)
+            fitted = training.fit(
+                bench.upper,
+                features,
+                torch.from_numpy(self.cohort.labels).to(features.device),
+                self.cohort.indices("train"),
+                run.training,
+                round_number=request.round,
+                class_weights=torch.from_numpy(np.array(frozen["class_weights"], np.float32)).to(features.device),
+                seed=run.seed,
+                site=self.name,
+            )
+        update = parameters.subtract(model.trainable_values(bench.upper), received)
+        return Trained(
+            weights=codec.encode(update, run.wire.dtype),
+            num_examples=len(self.cohort.indices("train")),
+            train_loss=fitted.loss,
+            **found,
+        )
+
+    def _evaluate(self, run: RunConfig, request: Evaluate) -> Evaluated:
+        if request.split not in SPLITS:
+            raise SiteRefusal("malformed")
+        bench, _, _ = self._loaded(run, request.weights)
+        with threads(None if bench.upper.body is not None else 1):
+            return Evaluated(**self._evaluated(bench, self._features(run), request.split, request.edges))
+
+    def _evaluated(
+        self, bench: Bench, features: Features, split: str, edges: NDArray[np.float64]
+    ) -> dict[str, NDArray[Any]]:
+        indices = self.cohort.indices(split)
+        return evaluation.evaluate(bench.upper, features, self.cohort.labels, indices, edges).arrays()

@@ -1,0 +1,166 @@
+"""One site's part in a round: a fixed number of optimiser steps on the upper, from cached features.
+
+Each round starts a fresh optimiser from the weights received, so a site keeps nothing between rounds and a round can
+be repeated. Norms with running statistics stay frozen; that is checked after every round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from client.features import Features
+from common.backbone import Upper
+from common.model import norm_statistics
+from common.run_config import Training
+from common.seeds import derive
+
+HEAD_LR = 3e-4
+DEEP_LR = 1e-4
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a round of training was."""
+
+    loss: float  # mean over steps, without the proximal term
+    steps: int
+
+
+def base_lr(training: Training, *, deep: bool) -> float:
+    """Return the learning rate: the run's, else what was measured best for the head alone or for deeper cuts."""
+    return training.lr or (DEEP_LR if deep else HEAD_LR)
+
+
+def learning_rate(training: Training, base: float, progress: float) -> float:
+    """Return the rate at a share of the whole run: a linear rise over `warmup`, then a cosine to zero or a constant.
+
+    Args:
+        training: the schedule.
+        base: the highest rate.
+        progress: steps done over steps of the whole run, 0 to 1.
+
+    Examples:
+        >>> learning_rate(Training(schedule="cosine"), 1.0, 0.5)
+        0.5000000000000001
+        >>> learning_rate(Training(schedule="constant", warmup=0.5), 1.0, 0.25)
+        0.5
+    """
+    if progress < training.warmup:
+        return base * progress / training.warmup
+    if training.schedule == "constant":
+        return base
+    return base * 0.5 * (1 + math.cos(math.pi * (progress - training.warmup) / (1 - training.warmup)))
+
+
+def steps_per_round(training: Training, examples: int) -> int:
+    """Return the optimiser steps of one round at a site."""
+    if training.local_steps is not None:
+        return training.local_steps
+    return (training.local_epochs or 1) * math.ceil(examples / training.batch_size)
+
+
+def fit(
+    upper: Upper,
+    features: Features,
+    labels: Tensor,
+    indices: NDArray[np.int64],
+    training: Training,
+    *,
+    round_number: int,
+    class_weights: Tensor,
+    seed: int,
+    site: str,
+) -> Fitted:
+    """Train `upper` in place from the weights it holds.
+
+    The loss is the cross-entropy, weighted by label; FedProx adds (μ/2)·‖w − w_received‖² over the trainable
+    parameters (Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020, eq. 2).
+
+    Args:
+        upper: weights as received.
+        features: of the site's examples.
+        labels: (N,) on the features' device.
+        indices: the examples to train on.
+        training: the run's section.
+        round_number: 1 for the first.
+        class_weights: (K,) on the features' device.
+        seed: the run's.
+        site: its name; decides the order of examples together with seed and round.
+    """
+    statistics = norm_statistics(upper)
+    parameters = list(upper.trainable().values())
+    received = [parameter.detach().clone() for parameter in parameters]
+    deep = upper.body is not None
+    optimizer = _optimizer(training, parameters, base_lr(training, deep=deep))
+    steps = steps_per_round(training, len(indices))
+    total = torch.zeros((), device=labels.device)
+    upper.train()
+    stream = _batches(indices, features.views, training.batch_size, steps, derive(seed, "train", site, round_number))
+    for step, (view, index) in enumerate(stream):
+        progress = (round_number - 1 + step / steps) / max(training.rounds, 1)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(training, base_lr(training, deep=deep), progress)
+        view, index = view.to(labels.device), index.to(labels.device)
+        with _autocast(labels.device, deep=deep):
+            loss = weighted_loss(upper(features.batch(view, index)), labels[index], class_weights)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        add_proximal_gradient(parameters, received, training.rule.parameter if training.rule.kind == "fedprox" else 0.0)
+        optimizer.step()
+        total += loss.detach()
+    upper.eval()
+    if norm_statistics(upper) != statistics:
+        raise RuntimeError("running statistics changed during training")
+    return Fitted(float(total) / max(steps, 1), steps)
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
+    """Return the mean of w_y · cross-entropy.
+
+    It divides by the number of examples, not by their weight: else a site with one label would not feel the weights.
+    """
+    return functional.cross_entropy(logits.float(), labels, weight=class_weights, reduction="none").mean()
+
+
+def add_proximal_gradient(parameters: list[nn.Parameter], received: list[Tensor], mu: float | None) -> None:
+    """Add μ (w − w_received), the gradient of (μ/2)·‖w − w_received‖², to the gradients."""
+    if mu:
+        for parameter, origin in zip(parameters, received, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - origin, alpha=mu)
+
+
+def _optimizer(training: Training, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=training.weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=training.weight_decay, fused=True)
+
+
+def _batches(
+    indices: NDArray[np.int64], views: int, size: int, steps: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (view, index) of each batch: passes over shuffled examples, each in a view drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.from_numpy(indices)
+    left = steps
+    while left > 0:
+        order = pool[torch.randperm(len(pool), generator=generator)]
+        drawn = torch.randint(views, (len(pool),), generator=generator)
+        for start in range(0, min(len(pool), left * size), size):
+            yield drawn[start : start + size], order[start : start + size]
+            left -= 1
+
+
+def _autocast(device: torch.device, *, deep: bool) -> Any:
+    """Return bfloat16 autocast for blocks on a GPU; a head alone is too small to gain from it."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" and deep else nullcontext()

@@ -1,0 +1,1 @@
+"""What both sides of a federation speak: configuration, model, parameters, messages, metrics."""

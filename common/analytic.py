@@ -1,0 +1,135 @@
+"""The closed-form head: standardisation and ridge regression from sums that sites add up.
+
+Let x be an example's head input, w its weight by label, t its label as a 0/1 vector. A site sends
+
+    n = Σ 1,  s = Σ x,  q = Σ x²  (unweighted: for mean and deviation),
+    m = Σ w,  a = Σ w x,  u = Σ w t,  G = Σ w x xᵀ,  C = Σ w x tᵀ  (for the head).
+
+Sums over sites equal sums over the pooled data, so the head below is the pooled ridge solution whatever the partition.
+With z = (x - μ) ⊙ c, and z̄, t̄ the weighted means,
+
+    W = (Σ w (z - z̄)(z - z̄)ᵀ + λ m I)⁻¹ Σ w (z - z̄)(t - t̄)ᵀ,   b = t̄ - z̄ᵀ W,
+
+and the logits are `LOGIT_SCALE` (zᵀ W + b). Hoerl and Kennard, Ridge Regression, Technometrics 12 (1970), eq. 2.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+LOGIT_SCALE = 4.0
+"""Ridge scores lie near 0 and 1; four times as much is a usable logit for the training that follows."""
+
+DEVIATION_FLOOR = 0.01
+"""Added to each deviation, as a share of their root mean square, so that a constant input is not blown up."""
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Additive statistics of one site's training split; `a + b` is that of the union. W inputs, K labels."""
+
+    count: Vector  # (1,) n
+    total: Vector  # (W,) s
+    squares: Vector  # (W,) q
+    weight: Vector  # (1,) m
+    weighted: Vector  # (W,) a
+    targets: Vector  # (K,) u
+    gram: Vector  # (W (W + 1) / 2,) upper triangle of G, row by row; (0,) when only mean and deviation are wanted
+    cross: Vector  # (W, K) C; (0, 0) likewise
+
+    def __add__(self, other: Sums) -> Sums:
+        """Return the sums of the union."""
+        return Sums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+def sums(inputs: Vector, labels: NDArray[np.int64], class_weights: Vector, *, gram: bool) -> Sums:
+    """Return the additive statistics of these examples.
+
+    Args:
+        inputs: (n, W) head inputs, not standardised.
+        labels: (n,) in 0..K-1.
+        class_weights: (K,) weight of an example by its label.
+        gram: whether the closed form is wanted, or mean and deviation alone.
+    """
+    weights = class_weights[labels]
+    weighted = inputs * weights[:, None]
+    targets = np.bincount(labels, weights, minlength=len(class_weights)).astype(np.float64)
+    width = inputs.shape[1]
+    return Sums(
+        count=np.array([float(len(labels))]),
+        total=inputs.sum(0),
+        squares=np.square(inputs).sum(0),
+        weight=np.array([weights.sum()]),
+        weighted=weighted.sum(0),
+        targets=targets,
+        gram=(weighted.T @ inputs)[np.triu_indices(width)] if gram else np.zeros(0),
+        cross=weighted.T @ np.eye(len(class_weights))[labels] if gram else np.zeros((0, 0)),
+    )
+
+
+def balanced_weights(support: NDArray[np.int64]) -> Vector:
+    """Return n / (K n_k): every label then weighs the same. Labels without examples get 1.
+
+    Examples:
+        >>> balanced_weights(np.array([1, 3]))
+        array([2.        , 0.66666667])
+    """
+    present = np.maximum(support, 1)
+    return np.where(support > 0, support.sum() / (len(support) * present), 1.0)
+
+
+def standardiser(pooled: Sums) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return mean (W,) and scale (W,), the inverse of the floored deviation, of the pooled inputs."""
+    mean = pooled.total / pooled.count
+    deviation = np.sqrt(np.maximum(pooled.squares / pooled.count - mean**2, 0.0))
+    floor = DEVIATION_FLOOR * float(np.sqrt(np.mean(deviation**2))) or 1.0
+    return mean.astype(np.float32), (1.0 / (deviation + floor)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Centred second moments of the standardised inputs."""
+
+    gram: Vector  # (W, W)
+    cross: Vector  # (W, K)
+    mean: Vector  # (W,) z̄
+    targets: Vector  # (K,) t̄
+
+
+def _moments(pooled: Sums, mean: NDArray[np.float32], scale: NDArray[np.float32]) -> _Moments:
+    width = len(pooled.total)
+    m, c = mean.astype(np.float64), scale.astype(np.float64)
+    gram = np.zeros((width, width))
+    gram[np.triu_indices(width)] = pooled.gram
+    gram = gram + np.triu(gram, 1).T
+    centre = pooled.weighted / pooled.weight
+    centred = gram - np.outer(pooled.weighted, centre)
+    cross = pooled.cross - np.outer(centre, pooled.targets)
+    return _Moments(centred * np.outer(c, c), cross * c[:, None], (centre - m) * c, pooled.targets / pooled.weight)
+
+
+def ridge_heads(
+    pooled: Sums, mean: NDArray[np.float32], scale: NDArray[np.float32], penalties: tuple[float, ...]
+) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Return the linear layer (weight (K, W), bias (K,)) of each ridge penalty, on standardised inputs.
+
+    Args:
+        pooled: summed statistics with the Gram matrix.
+        mean: (W,) of the standardiser.
+        scale: (W,) of the standardiser.
+        penalties: λ, per example.
+    """
+    moments = _moments(pooled, mean, scale)
+    return [_solve(moments, penalty * float(pooled.weight[0])) for penalty in penalties]
+
+
+def _solve(moments: _Moments, ridge: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    regular = moments.gram + ridge * np.eye(len(moments.gram))
+    solution = np.linalg.solve(regular, moments.cross)
+    bias = moments.targets - moments.mean @ solution
+    return (LOGIT_SCALE * solution.T).astype(np.float32), (LOGIT_SCALE * bias).astype(np.float32)

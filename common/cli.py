@@ -1,0 +1,57 @@
+"""The `consilium` command: its groups are found through an entry point, so it knows none and loads in no time."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+import click
+
+from common.errors import ConsiliumError
+
+GROUP = "consilium.commands"
+
+
+class Commands(click.Group):
+    """A group whose commands are the installed entry points of `consilium.commands`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Return the names of the installed commands."""
+        return sorted(entry.name for entry in importlib.metadata.entry_points(group=GROUP))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Return a command, or None."""
+        for entry in importlib.metadata.entry_points(group=GROUP, name=cmd_name):
+            command: click.Command = entry.load()
+            return command
+        return None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="consilium")
+def consilium() -> None:
+    r"""Federated transfer learning across hospitals.
+
+    \b
+    Example:
+      consilium simulate --dataset phantoms --sites 5 --rounds 10
+    """
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends in one line and an exit code, not in a traceback."""
+    try:
+        code = consilium.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = _fail("interrupted", 1)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except ConsiliumError as error:
+        code = _fail(str(error), error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"consilium: {message}", err=True)
+    return code

@@ -1,0 +1,253 @@
+"""Requests and replies, and what they look like as Flower's `RecordDict`.
+
+The set is closed: a site answers these requests and no others. A refusal carries a code of `REFUSALS` and nothing
+else, so no text of an exception can leave a site. Arrays travel as raw little-endian bytes, weights in a record of
+their own, so that what a round exchanges can be counted apart from what its evaluation costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, cast, get_type_hints
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from common.errors import ConsiliumError, SiteRefusal
+
+REFUSALS = (
+    "malformed",  # the request cannot be read
+    "unknown_run",  # it names a run that was not described to this site
+    "unknown_trunk",  # the run's trunk was not received, or its hash differs
+    "not_prepared",  # training or evaluation before features and standardiser are there
+    "labels_differ",  # the site's labels are not the run's
+    "preprocessing_differs",  # the site's images were preprocessed in another way
+    "internal",  # the site failed; its own log says why
+)
+
+T = TypeVar("T")
+
+_RAW = "consilium.raw"
+_DTYPES = {
+    name: np.dtype(name).newbyteorder("<") for name in ("uint8", "uint16", "float16", "float32", "float64", "int64")
+}
+_WEIGHTS = "weights"
+
+
+@dataclass(frozen=True)
+class Describe:
+    """Tell a site of a run and ask what it has."""
+
+    run: str  # the RunConfig as TOML
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a site brings."""
+
+    site: str
+    support: NDArray[np.int64]  # (3, K) examples by split and label
+    trunk_sha256: str  # of the trunk it holds; empty for none
+
+
+@dataclass(frozen=True)
+class InstallTrunk:
+    """The frozen tensors, once a run."""
+
+    fingerprint: str
+    sha256: str
+    content: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Ask a site to pass its images through the trunk."""
+
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Ask for the sums behind the standardiser and, if wanted, the closed-form head."""
+
+    fingerprint: str
+    class_weights: NDArray[np.float64]  # (K,)
+    gram: bool
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The sums of `common.analytic.Sums`, field by field."""
+
+    count: NDArray[np.float64]
+    total: NDArray[np.float64]
+    squares: NDArray[np.float64]
+    weight: NDArray[np.float64]
+    weighted: NDArray[np.float64]
+    targets: NDArray[np.float64]
+    gram: NDArray[np.float64]
+    cross: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """The parts of the model that are settled before round 1 and stay."""
+
+    fingerprint: str
+    mean: NDArray[np.float32]  # (W,)
+    scale: NDArray[np.float32]  # (W,)
+    class_weights: NDArray[np.float64]  # (K,) of the training loss
+
+
+@dataclass(frozen=True)
+class Done:
+    """A request was carried out."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Evaluate the weights on the validation split, then train from them: one exchange a round."""
+
+    fingerprint: str
+    round: int
+    weights: NDArray[np.generic]  # flat, at the wire precision
+    edges: NDArray[np.float64]  # (R, B - 1) shared histogram edges
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A site's part in a round."""
+
+    weights: NDArray[np.generic]  # the change relative to the weights received, flat, at the wire precision
+    num_examples: int
+    train_loss: float
+    confusion: NDArray[np.int64]
+    positives: NDArray[np.int64]
+    negatives: NDArray[np.int64]
+    calibration: NDArray[np.float64]
+    brier: NDArray[np.float64]  # (1,)
+    log_loss: NDArray[np.float64]  # (1,)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate weights on a split."""
+
+    fingerprint: str
+    split: str
+    weights: NDArray[np.generic]
+    edges: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Additive statistics of one split."""
+
+    confusion: NDArray[np.int64]
+    positives: NDArray[np.int64]
+    negatives: NDArray[np.int64]
+    calibration: NDArray[np.float64]
+    brier: NDArray[np.float64]
+    log_loss: NDArray[np.float64]
+
+
+Request = Describe | InstallTrunk | Prepare | Statistics | Freeze | Train | Evaluate
+Reply = Description | Summed | Done | Trained | Evaluated
+
+# Each request's Flower message type, and what answers it.
+KINDS: dict[type[Any], tuple[str, type[Any]]] = {
+    Describe: ("query.describe", Description),
+    InstallTrunk: ("query.install_trunk", Done),
+    Prepare: ("query.prepare", Done),
+    Statistics: ("query.statistics", Summed),
+    Freeze: ("query.freeze", Done),
+    Train: ("train", Trained),
+    Evaluate: ("evaluate", Evaluated),
+}
+REQUEST_OF: dict[str, type[Any]] = {kind: request for request, (kind, _) in KINDS.items()}
+
+
+class MalformedMessage(ConsiliumError):
+    """A message lacks a field, or a field has another type."""
+
+
+def to_record(message: Request | Reply) -> RecordDict:
+    """Return a message as Flower's records."""
+    arrays: dict[str, Array] = {}
+    weights: dict[str, Array] = {}
+    facts: dict[str, Any] = {}
+    for field in fields(message):
+        value = getattr(message, field.name)
+        if isinstance(value, np.ndarray):
+            (weights if field.name == _WEIGHTS else arrays)[field.name] = _to_array(value)
+        else:
+            facts[field.name] = value
+    return RecordDict({"weights": ArrayRecord(weights), "arrays": ArrayRecord(arrays), "facts": ConfigRecord(facts)})
+
+
+def from_record(record: RecordDict, expected: type[T]) -> T:
+    """Return the message of records.
+
+    Raises:
+        SiteRefusal: the records are a refusal.
+        MalformedMessage: a field is missing, superfluous or of another type.
+    """
+    try:
+        facts = dict(record.config_records["facts"])
+        arrays = {**record.array_records.get("weights", {}), **record.array_records.get("arrays", {})}
+    except (KeyError, AttributeError) as error:
+        raise MalformedMessage(f"no record {error}") from None
+    if set(facts) == {"refused"}:
+        raise SiteRefusal(_known_code(facts["refused"]))
+    values: dict[str, Any] = {**facts, **{name: _from_array(array) for name, array in arrays.items()}}
+    _check_types(values, expected)
+    return expected(**values)
+
+
+def refusal(code: str) -> RecordDict:
+    """Return the records of a refusal; a code outside the list becomes `internal`."""
+    return RecordDict({"facts": ConfigRecord({"refused": _known_code(code)})})
+
+
+def count_bytes(record: RecordDict) -> tuple[int, int]:
+    """Return the bytes of a message's weights, and of everything else in it."""
+    weights = sum(len(array.data) for array in record.array_records.get("weights", {}).values())
+    arrays = sum(len(array.data) for array in record.array_records.get("arrays", {}).values())
+    facts = sum(len(name) + _size(value) for config in record.config_records.values() for name, value in config.items())
+    return weights, arrays + facts
+
+
+def _size(value: object) -> int:
+    """Return the bytes of a fact; Flower's own count fails on an empty text."""
+    return len(value) if isinstance(value, (str, bytes)) else 1 if isinstance(value, bool) else 8
+
+
+def _known_code(code: object) -> str:
+    return code if isinstance(code, str) and code in REFUSALS else "internal"
+
+
+def _check_types(values: dict[str, Any], expected: type[Any]) -> None:
+    hints = get_type_hints(expected)
+    if values.keys() != hints.keys():
+        raise MalformedMessage(f"{expected.__name__}: other fields than expected")
+    for name, hint in hints.items():
+        wanted = hint if hint in (int, float, str, bool) else np.ndarray
+        if type(values[name]) is not wanted and not isinstance(values[name], np.ndarray):
+            raise MalformedMessage(f"{expected.__name__}.{name}: not a {wanted.__name__}")
+        if (wanted is np.ndarray) != isinstance(values[name], np.ndarray):
+            raise MalformedMessage(f"{expected.__name__}.{name}: not a {wanted.__name__}")
+
+
+def _to_array(value: NDArray[np.generic]) -> Array:
+    little = np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
+    return Array(dtype=value.dtype.name, shape=tuple(value.shape), stype=_RAW, data=little.tobytes())
+
+
+def _from_array(array: Array) -> NDArray[np.generic]:
+    dtype = _DTYPES.get(array.dtype)
+    if array.stype != _RAW or dtype is None or any(side < 0 for side in array.shape):
+        raise MalformedMessage("an array of unknown encoding")
+    if len(array.data) != dtype.itemsize * int(np.prod(array.shape, dtype=object)):
+        raise MalformedMessage("an array shorter or longer than its shape")
+    return cast(NDArray[np.generic], np.frombuffer(array.data, dtype).reshape(array.shape))

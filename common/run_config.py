@@ -1,0 +1,304 @@
+"""What a federation agreed on: one frozen value, strict, written as `run.toml`, fingerprinted.
+
+Facts that belong to one hospital or to the coordinator's machine never stand here. The section `[simulation]` is the
+exception that proves the rule: a simulation owns its sites, so it records where their data came from; it is no part of
+the fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from common.errors import ConfigError, unknown_value
+
+WireType = Literal["float32", "bfloat16", "float16"]
+StrategyKind = Literal[
+    "fedavg",
+    "analytic",
+    "fedprox",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "fedadagrad",
+    "median",
+    "trimmed-mean",
+    "krum",
+]
+# What a strategy's parameter is called, and the interval it lies in (low inclusive, high exclusive).
+_PARAMETERS: dict[str, tuple[str, float, float]] = {
+    "fedprox": ("MU", 0.0, math.inf),
+    "trimmed-mean": ("BETA", 0.0, 0.5),
+}
+
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class Strategy(BaseModel):
+    """An aggregation rule and its parameter, as `--strategy` spells them.
+
+    Examples:
+        >>> Strategy.parse("fedprox:0.1")
+        Strategy(kind='fedprox', parameter=0.1)
+        >>> Strategy.parse("fedavg").parameter is None
+        True
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: StrategyKind
+    parameter: float | None = None
+
+    @staticmethod
+    def parse(text: str) -> Strategy:
+        """Read `kind` or `kind:parameter`.
+
+        Raises:
+            ConfigError: an unknown kind, or a parameter that is missing, superfluous or out of range.
+        """
+        kind, _, value = text.partition(":")
+        kinds = list(get_args(StrategyKind))
+        if kind not in kinds:
+            unknown_value("strategy", kind, kinds)
+        if kind not in _PARAMETERS:
+            if value:
+                raise ConfigError(f"strategy: {kind!r} takes no parameter, got {text!r}")
+            return Strategy(kind=kind)  # type: ignore[arg-type]  # checked against the literal above
+        name, low, high = _PARAMETERS[kind]
+        return Strategy(kind=kind, parameter=_number(text, value, f"{kind}:{name}", low, high))  # type: ignore[arg-type]
+
+
+def _number(text: str, value: str, form: str, low: float, high: float) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ConfigError(f"strategy: got {text!r}, expected {form} with a number") from None
+    if not low <= number < high:
+        bound = f"at least {low:g}" + ("" if math.isinf(high) else f" and below {high:g}")
+        raise ConfigError(f"strategy: got {text!r}, expected {form} {bound}")
+    return number
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Task(_Section):
+    """What is learnt."""
+
+    name: str = ""
+    labels: Names = ()  # in the order of the model's outputs
+    kind: Literal["single-label"] = "single-label"
+
+
+class Data(_Section):
+    """How an image becomes the trunk's input."""
+
+    preset: str = ""  # a name of client.preprocessing.PRESETS; empty: the data set's
+    image_size: int | None = Field(default=None, ge=16, le=2048)  # pixels, square; None: the preset's
+    views: int | None = Field(
+        default=None, ge=1, le=16
+    )  # cached views an image, the first unchanged; None: the preset's
+    preprocessing: str = ""  # preprocessing id, filled in when the run is resolved
+
+
+class Model(_Section):
+    """The backbone, where it is cut, and the head."""
+
+    backbone: str = "tf_efficientnet_lite0"  # any timm classifier
+    weights: str = "auto"  # auto, embedded, hub, none, or a .safetensors file
+    trainable: str = "head"  # head, stages:N counted from the output, all
+    features: Literal["multi", "last"] = "multi"  # what the head reads: pooled outputs of several stages, or the last
+    init: Literal["analytic", "zero"] = "analytic"  # the head's start: closed form of summed statistics, or zeros
+    ridge: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (
+        0.1,
+        0.3,
+        1.0,
+        3.0,
+    )  # candidates, an example
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # on the head's input
+    trunk_sha256: str = ""  # of the frozen tensors, filled in when the run is resolved
+
+    @field_validator("trainable")
+    @classmethod
+    def _known_cut(cls, value: str) -> str:
+        kind, _, depth = value.partition(":")
+        if value in ("head", "all") or (kind == "stages" and depth.isdecimal() and int(depth) > 0):
+            return value
+        raise ValueError(f"got {value!r}, expected head, stages:N with N at least 1, or all")
+
+    @field_validator("ridge")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if min(value) <= 0:
+            raise ValueError("expected positive numbers")
+        return value
+
+
+class Training(_Section):
+    """Rounds, and what a site does in one."""
+
+    strategy: str = "fedavg"
+    rounds: int = Field(default=10, ge=0, le=100_000)
+    local_epochs: int | None = Field(default=None, ge=1, le=10_000)  # passes over a site's training split a round
+    local_steps: int | None = Field(default=None, ge=1, le=1_000_000)  # or fixed optimiser steps a round
+    batch_size: int = Field(default=32, ge=1, le=65_536)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float | None = Field(default=None, gt=0, le=100)  # None: 3e-4 for the head alone, 1e-4 for deeper cuts
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"  # over the steps of the whole run
+    warmup: float = Field(default=0.0, ge=0, lt=1)  # share of the run with a linearly rising rate
+    class_weights: Literal["balanced", "none"] = "balanced"  # from pooled label counts, or none
+    server_lr: float = Field(default=0.003, gt=0)  # fedadam, fedyogi, fedadagrad
+    server_momentum: float = Field(default=0.9, ge=0, lt=1)  # fedavgm
+
+    @field_validator("strategy")
+    @classmethod
+    def _known_strategy(cls, value: str) -> str:
+        Strategy.parse(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if self.local_epochs is not None and self.local_steps is not None:
+            raise ValueError("local_epochs and local_steps exclude each other: give one")
+        return self
+
+    @property
+    def rule(self) -> Strategy:
+        """The parsed strategy."""
+        return Strategy.parse(self.strategy)
+
+
+class Privacy(_Section):
+    """Differential privacy: none in this version."""
+
+
+class Sites(_Section):
+    """Who takes part, and how many answers a round needs."""
+
+    names: Names = ()  # the explicit list, in text order
+    quorum: int | None = Field(default=None, ge=1)  # usable replies a round needs; None: all sites
+    deadline_s: float = Field(default=3600.0, gt=0)  # seconds a site has to answer
+    max_norm: float | None = Field(default=None, gt=0)  # L2 norm above which an update is not admitted; None: no limit
+
+
+class Wire(_Section):
+    """How weights travel."""
+
+    dtype: WireType = "float32"
+
+
+class Simulation(_Section):
+    """Where a simulation's data came from and how they were cut into sites."""
+
+    dataset: str = "phantoms"
+    data_root: str = ""
+    sites: int = Field(default=5, ge=1, le=100_000)
+    partition: str = (
+        ""  # iid, dirichlet:A, shards:K, quantity:A, natural; empty: natural for phantoms, else dirichlet:0.5
+    )
+    baselines: bool = True
+    backend: Literal["inprocess", "ray"] = "inprocess"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class RunConfig(_Section):
+    """A run, complete: two runs of equal fingerprint on equal data end with equal bytes."""
+
+    task: Task = Task()
+    data: Data = Data()
+    model: Model = Model()
+    training: Training = Training()
+    privacy: Privacy = Privacy()
+    sites: Sites = Sites()
+    wire: Wire = Wire()
+    simulation: Simulation | None = None
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 over everything the federation agreed on, as 64 hexadecimal digits."""
+        agreed = self.model_dump(mode="json", exclude={"simulation"})
+        return hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        """Return the run as TOML; `from_toml` gives it back. Unset values are left out, for TOML has no null."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    @staticmethod
+    def from_toml(text: str, where: str = "run.toml") -> RunConfig:
+        """Read a run.
+
+        Raises:
+            ConfigError: no TOML, an unknown key, or a value out of range; names file, key, got and expected.
+        """
+        return build(parse_toml(text, where), where)
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """Return the content of a TOML text.
+
+    Raises:
+        ConfigError: the text is no TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where}: not TOML ({error})") from None
+
+
+def build(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Return the validated run of nested values.
+
+    Raises:
+        ConfigError: the first thing that is wrong, in one line.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, where)) from None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the raw content of a TOML file.
+
+    Raises:
+        ConfigError: the file cannot be read or is no TOML.
+    """
+    try:
+        return parse_toml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read ({reason})") from None
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """Turn pydantic's first complaint into `where: [section] key: got, expected`."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    place = f"[{path[0]}] {'.'.join(path[1:])}".strip() if len(path) > 1 else ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"{where}: {place}: unknown key{_nearest(path)}"
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if first["type"] == "value_error" else f"got {first['input']!r}, "
+    return f"{where}: {place}: {got}{message[0].lower()}{message[1:]}"
+
+
+def _nearest(path: list[str]) -> str:
+    fields = RunConfig.model_fields
+    if len(path) > 1 and path[0] in fields:
+        section = fields[path[0]].annotation
+        options = [candidate for candidate in get_args(section) or (section,) if hasattr(candidate, "model_fields")]
+        names = [name for option in options for name in option.model_fields]
+    else:
+        names = list(fields)
+    close = get_close_matches(path[-1], names, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f", expected one of {', '.join(names)}"

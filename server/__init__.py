@@ -1,0 +1,1 @@
+"""The coordinator: rounds, admission, aggregation, state and report; it never sees an image."""

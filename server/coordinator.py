@@ -1,0 +1,477 @@
+"""One run from the coordinator's side: set up the sites, settle what is fixed, exchange rounds, choose, test once.
+
+    describe -> trunk -> prepare -> statistics -> freeze -> [train x rounds] -> evaluate -> choose -> test, two looks
+
+A train message evaluates the weights that it brings before it trains, so round r's weights are judged by the exchange
+of round r + 1, and the last ones by an exchange of their own. Round 0 is the start; it competes like any other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common import analytic, codec, metrics
+from common.analytic import Sums
+from common.errors import DataError
+from common.messages import (
+    Description,
+    Evaluate,
+    Evaluated,
+    Freeze,
+    InstallTrunk,
+    Prepare,
+    Request,
+    Statistics,
+    Summed,
+    Train,
+    Trained,
+)
+from common.parameters import Parameters
+from common.run_config import RunConfig
+from server import state as saved
+from server.admission import Expectation, Rejected, admit_evaluation, admit_update
+from server.aggregation import Aggregator, Contribution
+from server.evaluation import Edges, Measured, first_edges, next_edges, score_for_choice
+from server.federation import Answer, Federation, Traffic, require_quorum
+from server.state import RoundLog, RunState
+
+Progress = Callable[[str, int, int], None]
+Weights = dict[str, NDArray[np.float32]]
+
+HEAD_WEIGHT, HEAD_BIAS = "head.linear.weight", "head.linear.bias"
+TRAIN, VALIDATION, TEST = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the coordinator brings to a run."""
+
+    run: RunConfig  # resolved; its names and quorum are set
+    trunk: bytes  # the frozen content
+    weights: Parameters  # trainable values before round 1, the head at zero
+    folder: Path | None = None  # where state and rounds.jsonl go; None keeps nothing
+    every_label: bool = True  # whether a label without training examples is an error
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with."""
+
+    weights: Weights  # of the best round
+    fixed: Mapping[str, NDArray[Any]]
+    best_round: int
+    rounds: list[dict[str, Any]]
+    test: Measured
+    threshold: float | None
+    support: Mapping[str, NDArray[np.int64]]  # (3, K) by site
+    status: Mapping[str, str]  # by site
+    contributed: Mapping[str, int]  # rounds by site
+    transfers: Mapping[str, int]
+    complete: bool
+    seconds: Mapping[str, float]
+
+
+@dataclass
+class Cast:
+    """Who is in the run, and what each was seen to do."""
+
+    support: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    status: dict[str, str] = field(default_factory=dict)
+    transfers: dict[str, int] = field(default_factory=dict)
+
+    def note(self, answer: Answer) -> None:
+        """Keep a site's last state in words."""
+        self.status[answer.site] = answer.status + (f"({answer.reason})" if answer.reason else "")
+
+    @property
+    def ready(self) -> list[str]:
+        """The sites that were described, in text order."""
+        return sorted(self.support)
+
+
+class Coordinator:
+    """Drives one run over a federation.
+
+    Args:
+        federation: the sites.
+        start: run, trunk and first weights.
+        progress: told of phases: name, done, total.
+    """
+
+    def __init__(self, federation: Federation, start: Start, progress: Progress | None = None) -> None:
+        self._federation = federation
+        self._start = start
+        self._run = start.run
+        self._fingerprint = start.run.fingerprint()
+        self._progress = progress or (lambda _phase, _done, _total: None)
+        self._cast = Cast()
+        self._quorum = start.run.sites.quorum or len(start.run.sites.names)
+        self._log = RoundLog(start.folder / "rounds.jsonl", self._lines_kept()) if start.folder else None
+        self._entries: list[dict[str, Any]] = []
+
+    def execute(self) -> Outcome:
+        """Run to the end, from the saved state if there is one.
+
+        Raises:
+            QuorumLost: a phase had fewer usable answers than the quorum.
+            DataError: the sites' data cannot carry the run.
+        """
+        begin = time.monotonic()
+        self._describe()
+        self._install_trunk()
+        self._ask_all("prepare", Prepare(self._fingerprint))
+        prepared = time.monotonic()
+        held = saved.load(self._start.folder / "state") if self._start.folder else None
+        current = self._resumed(held) if held else self._settle()
+        self._freeze(current.fixed)
+        current = self._rounds(current)
+        current = self._judge_last(current)
+        test = self._test(current)
+        spent = {"features": prepared - begin, "rounds": current.seconds, "total": time.monotonic() - begin}
+        return self._outcome(current, test, spent)
+
+    # Setting up
+
+    def _describe(self) -> None:
+        names = self._run.sites.names
+        for site, answer in self._federation.find(names, self._run.to_toml()).items():
+            self._cast.note(answer)
+            if isinstance(answer.reply, Description) and self._believable(answer.reply):
+                self._cast.support[site] = answer.reply.support
+                self._cast.status[site] = "registered"
+                held = answer.reply.trunk_sha256 == self._run.model.trunk_sha256
+                self._cast.transfers[site] = 0 if held else 1
+        require_quorum(len(self._cast.support), self._quorum, len(names), "setup")
+        self._check_labels()
+
+    def _believable(self, description: Description) -> bool:
+        support = description.support
+        shape = (3, len(self._run.task.labels))
+        return (
+            support.shape == shape
+            and support.dtype == np.int64
+            and bool((support >= 0).all())
+            and bool(support[TRAIN].sum() > 0)
+        )
+
+    def _check_labels(self) -> None:
+        pooled = self._pooled_support()[TRAIN]
+        for label, count in zip(self._run.task.labels, pooled, strict=True):
+            if count == 0 and self._start.every_label:
+                raise DataError(f"label {label!r} has no training example at any site: leave it out or add examples")
+
+    def _pooled_support(self) -> NDArray[np.int64]:
+        return np.asarray(sum(self._cast.support[site] for site in self._cast.ready), np.int64)
+
+    def _install_trunk(self) -> None:
+        content = np.frombuffer(self._start.trunk, np.uint8)
+        request = InstallTrunk(self._fingerprint, self._run.model.trunk_sha256, content)
+        needy = [site for site in self._cast.ready if self._cast.transfers[site]]
+        self._collect("trunk", dict.fromkeys(needy, request))
+
+    def _ask_all(self, phase: str, request: Request) -> dict[str, Answer]:
+        return self._collect(phase, dict.fromkeys(self._cast.ready, request))
+
+    def _collect(self, phase: str, requests: Mapping[str, Request]) -> dict[str, Answer]:
+        """Ask, and go on without the sites that fail, if the quorum holds."""
+        answers: dict[str, Answer] = {}
+        for answer in self._asked(phase, requests):
+            answers[answer.site] = answer
+            if answer.reply is None:
+                self._drop(answer)
+        require_quorum(len(self._cast.support), self._quorum, len(self._run.sites.names), phase)
+        return answers
+
+    def _drop(self, answer: Answer) -> None:
+        self._cast.note(answer)
+        self._cast.support.pop(answer.site, None)
+
+    def _asked(self, phase: str, requests: Mapping[str, Request]) -> Iterator[Answer]:
+        self._progress(phase, 0, len(requests))
+        for number, answer in enumerate(self._federation.ask(requests), start=1):
+            yield answer
+            self._progress(phase, number, len(requests))
+
+    def _settle(self) -> RunState:
+        """Find standardiser and head from the sites' sums; the head's penalty is chosen on validation."""
+        model, training = self._run.model, self._run.training
+        support = self._pooled_support()[TRAIN]
+        balanced = training.class_weights == "balanced"
+        weights = analytic.balanced_weights(support) if balanced else np.ones(len(support))
+        closed_form = model.init == "analytic" or training.rule.kind == "analytic"
+        pooled = self._sum(Statistics(self._fingerprint, weights, closed_form))
+        mean, scale = analytic.standardiser(pooled)
+        fixed: Mapping[str, NDArray[Any]] = {"mean": mean, "scale": scale, "class_weights": weights}
+        first: Weights = {name: np.asarray(value) for name, value in self._start.weights.items()}
+        edges = first_edges(len(support))
+        if closed_form:
+            self._freeze(fixed)
+            heads = analytic.ridge_heads(pooled, mean, scale, model.ridge)
+            first, edges = self._choose_head(first, heads)
+        entry = {"round": 0, "seconds": 0.0, **_bytes(Traffic()), "sites": {}}
+        return RunState(0, first, {}, 0, None, None, {}, fixed, edges, entry, transfers=self._cast.transfers)
+
+    def _sum(self, request: Statistics) -> Sums:
+        """Add up the sites' sums in the order of their names, holding as few of them as arrive out of order."""
+        waiting: dict[str, Sums] = {}
+        order = iter(self._cast.ready)
+        expected = next(order)
+        total: Sums | None = None
+        lost: set[str] = set()
+        for answer in self._asked("statistics", dict.fromkeys(self._cast.ready, request)):
+            sums = self._admitted_sums(answer, request)
+            if sums is None:
+                self._drop(answer)
+                lost.add(answer.site)
+            else:
+                waiting[answer.site] = sums
+            while expected and (expected in waiting or expected in lost):
+                if expected in waiting:
+                    part = waiting.pop(expected)
+                    total = part if total is None else total + part
+                expected = next(order, "")
+        require_quorum(len(self._cast.support), self._quorum, len(self._run.sites.names), "statistics")
+        assert total is not None  # noqa: S101  the quorum is at least one site
+        return total
+
+    def _admitted_sums(self, answer: Answer, request: Statistics) -> Sums | None:
+        if not isinstance(answer.reply, Summed):
+            return None
+        found = Sums(**answer.reply.__dict__)
+        width, labels = len(self._start.weights[HEAD_WEIGHT][0]), len(self._run.task.labels)
+        gram = (width * (width + 1) // 2,) if request.gram else (0,)
+        shapes = (
+            (1,),
+            (width,),
+            (width,),
+            (1,),
+            (width,),
+            (labels,),
+            gram,
+            (width, labels) if request.gram else (0, 0),
+        )
+        values = list(found.__dict__.values())
+        good = all(
+            value.shape == shape and np.isfinite(value).all() for value, shape in zip(values, shapes, strict=True)
+        )
+        return found if good else None
+
+    def _choose_head(
+        self, first: Weights, heads: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]
+    ) -> tuple[Weights, Edges]:
+        """Return the start with the head that scores best on pooled validation, and edges that suit its scores."""
+        best: tuple[float, Weights, Edges] | None = None
+        for weight, bias in heads:
+            candidate = codec.through({**first, HEAD_WEIGHT: weight, HEAD_BIAS: bias}, self._run.wire.dtype)
+            measured = self._measure("closed form", candidate, "validation", first_edges(len(bias)))
+            score = score_for_choice(measured, self._run.task.labels)
+            score = -np.inf if score is None else score
+            if best is None or score > best[0]:
+                best = (score, candidate, next_edges(measured))
+        assert best is not None  # noqa: S101  the configuration holds at least one penalty
+        return best[1], best[2]
+
+    def _freeze(self, fixed: Mapping[str, NDArray[Any]]) -> None:
+        self._ask_all("freeze", Freeze(self._fingerprint, **fixed))
+
+    # Rounds
+
+    @property
+    def _last_round(self) -> int:
+        training = self._run.training
+        return 0 if training.rule.kind == "analytic" else training.rounds
+
+    def _rounds(self, current: RunState) -> RunState:
+        aggregator = Aggregator(self._run.training, len(self._run.sites.names))
+        aggregator.restore(current.strategy)
+        self._keep(current)
+        for number in range(current.round + 1, self._last_round + 1):
+            self._progress("rounds", number - 1, self._last_round)
+            current = self._round(number, current, aggregator)
+            self._keep(current)
+        self._progress("rounds", self._last_round, self._last_round)
+        return current
+
+    def _round(self, number: int, current: RunState, aggregator: Aggregator) -> RunState:
+        """Exchange one round: it judges the weights before it, and makes new ones."""
+        begin = time.monotonic()
+        vector = codec.encode(current.weights, self._run.wire.dtype)
+        request = Train(self._fingerprint, number, vector, current.edges)
+        received = codec.decode(vector, codec.shapes_of(current.weights), self._run.wire.dtype)
+        tally = _Tally()
+        for answer in self._federation.ask(dict.fromkeys(self._cast.ready, request)):
+            tally.add(self._admit_round(answer, current.edges))
+            self._cast.status[answer.site] = tally.status(answer.site)
+        require_quorum(len(tally.contributions), self._quorum, len(self._run.sites.names), f"round {number}")
+        judged = self._judged(current, Measured(current.edges, tally.evaluations))
+        weights = aggregator.aggregate(number, received, tally.contributions)
+        seconds = time.monotonic() - begin
+        entry = {"round": number, "seconds": seconds, **_bytes(tally.traffic), "sites": tally.sites}
+        return replace(
+            judged,
+            round=number,
+            weights=weights,
+            strategy=aggregator.state(),
+            pending=entry,
+            seconds=judged.seconds + seconds,
+        )
+
+    def _admit_round(self, answer: Answer, edges: Edges) -> _Admitted:
+        if not isinstance(answer.reply, Trained):
+            return _Admitted(answer)
+        reply = answer.reply
+        support = self._cast.support[answer.site]
+        expected = Expectation(
+            codec.shapes_of(self._start.weights), self._run.wire.dtype, support, self._run.sites.max_norm
+        )
+        try:
+            update = admit_update(reply, expected)
+            evaluation = admit_evaluation(reply, support[VALIDATION], edges.shape[1] + 1)
+        except Rejected as rejected:
+            return _Admitted(replace(answer, status="quarantined", reason=str(rejected)))
+        return _Admitted(
+            answer, Contribution(answer.site, update, reply.num_examples), evaluation, float(reply.train_loss)
+        )
+
+    def _judged(self, current: RunState, measured: Measured) -> RunState:
+        """Finish the entry of the weights that were just evaluated, and let them compete."""
+        labels = self._run.task.labels
+        sites = {name: {**facts, "validation": None} for name, facts in current.pending["sites"].items()}
+        for name, summary in measured.site_summaries(labels).items():
+            sites.setdefault(name, {"status": "contributed", "examples": self._examples(name), "train_loss": None})
+            sites[name]["validation"] = summary
+        entry = {**current.pending, "validation": measured.summary(labels), "sites": sites}
+        self._write(entry)
+        state = replace(current, edges=next_edges(measured), lines=current.lines + 1, pending={})
+        score = score_for_choice(measured, labels)
+        if current.best and (score is None or (current.best_score is not None and score <= current.best_score)):
+            return state if score is not None else replace(state, best=current.weights, best_round=current.round)
+        threshold = metrics.youden(measured.pooled, measured.edges)
+        return replace(state, best=current.weights, best_round=current.round, best_score=score, threshold=threshold)
+
+    def _examples(self, site: str) -> int:
+        return int(self._cast.support[site][TRAIN].sum())
+
+    def _judge_last(self, current: RunState) -> RunState:
+        measured = self._measure("validation", current.weights, "validation", current.edges)
+        return self._judged(current, measured)
+
+    # Evaluation
+
+    def _measure(self, phase: str, weights: Parameters, split: str, edges: Edges) -> Measured:
+        vector = codec.encode(weights, self._run.wire.dtype)
+        request = Evaluate(self._fingerprint, split, vector, edges)
+        row = {"validation": VALIDATION, "test": TEST}[split]
+        found: dict[str, metrics.Evaluation] = {}
+        for answer in self._asked(phase, dict.fromkeys(self._cast.ready, request)):
+            if isinstance(answer.reply, Evaluated):
+                try:
+                    support = self._cast.support[answer.site][row]
+                    found[answer.site] = admit_evaluation(answer.reply, support, edges.shape[1] + 1)
+                except Rejected as rejected:
+                    self._cast.status[answer.site] = f"quarantined({rejected})"
+            else:
+                self._cast.note(answer)
+        require_quorum(len(found), self._quorum, len(self._run.sites.names), phase)
+        return Measured(edges, found)
+
+    def _test(self, current: RunState) -> Measured:
+        """Look at the test split twice: for the quantiles of its scores, then on these quantiles."""
+        first = self._measure("test", current.best, "test", current.edges)
+        return self._measure("test", current.best, "test", next_edges(first, current.threshold))
+
+    # Keeping
+
+    def _lines_kept(self) -> int:
+        held = saved.load(self._start.folder / "state") if self._start.folder else None
+        return held.lines if held else 0
+
+    def _resumed(self, held: RunState) -> RunState:
+        transfers = {site: held.transfers.get(site, 0) + sent for site, sent in self._cast.transfers.items()}
+        self._cast.transfers = dict(transfers)
+        return replace(held, transfers=transfers)
+
+    def _keep(self, current: RunState) -> None:
+        if self._start.folder:
+            saved.save(self._start.folder / "state", current)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self._log:
+            self._log.append(entry)
+        else:
+            self._entries.append(entry)
+
+    def _outcome(self, current: RunState, test: Measured, spent: Mapping[str, float]) -> Outcome:
+        rounds = self._log.read() if self._log else self._entries
+        contributed = dict.fromkeys(self._run.sites.names, 0)
+        for entry in rounds[1:]:
+            for site, facts in entry["sites"].items():
+                contributed[site] += facts["status"] == "contributed"
+        expected = len(self._run.sites.names)
+        complete = all(count == self._last_round for count in contributed.values()) and len(test.sites) == expected
+        return Outcome(
+            weights={name: np.asarray(value) for name, value in current.best.items()},
+            fixed=current.fixed,
+            best_round=current.best_round,
+            rounds=rounds,
+            test=test,
+            threshold=current.threshold,
+            support=self._cast.support,
+            status=self._cast.status,
+            contributed=contributed,
+            transfers=self._cast.transfers,
+            complete=complete,
+            seconds=spent,
+        )
+
+
+@dataclass(frozen=True)
+class _Admitted:
+    """One site's answer to a train message, after admission."""
+
+    answer: Answer
+    contribution: Contribution | None = None
+    evaluation: metrics.Evaluation | None = None
+    train_loss: float | None = None
+
+
+@dataclass
+class _Tally:
+    """What came in during one round."""
+
+    contributions: list[Contribution] = field(default_factory=list)
+    evaluations: dict[str, metrics.Evaluation] = field(default_factory=dict)
+    sites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def add(self, admitted: _Admitted) -> None:
+        answer = admitted.answer
+        self.traffic = self.traffic + answer.traffic
+        facts: dict[str, Any] = {"status": answer.status, "examples": 0, "train_loss": admitted.train_loss}
+        if answer.reason:
+            facts["reason"] = answer.reason
+        if admitted.contribution and admitted.evaluation:
+            facts["examples"] = admitted.contribution.num_examples
+            self.contributions.append(admitted.contribution)
+            self.evaluations[answer.site] = admitted.evaluation
+        self.sites[answer.site] = facts
+
+    def status(self, site: str) -> str:
+        facts = self.sites[site]
+        return str(facts["status"]) + (f"({facts['reason']})" if "reason" in facts else "")
+
+
+def _bytes(traffic: Traffic) -> dict[str, int]:
+    return {
+        "bytes_down": traffic.weights_down,
+        "bytes_up": traffic.weights_up,
+        "evaluation_bytes_down": traffic.other_down,
+        "evaluation_bytes_up": traffic.other_up,
+    }

@@ -1,0 +1,174 @@
+"""What a run leaves behind: `result.json`, the model folder, and the closing words."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common import checkpoint, metrics
+from common.files import write_json
+from common.run_config import RunConfig
+from server.coordinator import Outcome
+
+SCHEMA = 1
+SPLITS = ("train", "validation", "test")
+TINY_SUPPORT = 10
+_SOFTWARE = ("consilium", "flwr", "torch", "timm", "numpy")
+
+
+@dataclass(frozen=True)
+class TrunkFacts:
+    """What was frozen."""
+
+    sha256: str
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is known of a run beside its outcome."""
+
+    run: RunConfig
+    trunk: TrunkFacts
+    upper_parameters: int
+    weights: Mapping[str, Any]  # where the pretrained weights came from
+    baselines: Mapping[str, Any] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    quarantine: Mapping[str, int] = field(default_factory=dict)
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[Mapping[str, str], ...] = ()
+
+
+def completed(outcome: Outcome, around: Surroundings) -> dict[str, Any]:
+    """Return the result of a run that came to its end."""
+    labels = around.run.task.labels
+    test = {
+        "pooled": outcome.test.summary(labels, outcome.threshold),
+        "sites": outcome.test.site_summaries(labels, outcome.threshold),
+    }
+    return {
+        **_common(around),
+        "status": "completed" if outcome.complete else "completed_partial",
+        "trunk": {**around.trunk.__dict__, "transfers": dict(sorted(outcome.transfers.items()))},
+        "sites": _sites(outcome, around.run),
+        "rounds": outcome.rounds,
+        "best_round": outcome.best_round,
+        "test": test,
+        "curves": _curves(outcome, labels),
+        "warnings": [*around.warnings, *_warnings(outcome, test["pooled"], labels)],
+        "seconds": {**outcome.seconds, **around.seconds},
+    }
+
+
+def failed(error: str, around: Surroundings, rounds: list[dict[str, Any]], total: float) -> dict[str, Any]:
+    """Return the result of a run that stopped early; what was reached is kept."""
+    return {
+        **_common(around),
+        "status": "failed",
+        "error": error,
+        "trunk": {**around.trunk.__dict__, "transfers": {}},
+        "sites": {},
+        "rounds": rounds,
+        "best_round": None,
+        "test": None,
+        "baselines": None,
+        "curves": None,
+        "warnings": list(around.warnings),
+        "seconds": {"features": 0.0, "rounds": 0.0, "baselines": 0.0, **around.seconds, "total": total},
+    }
+
+
+def _common(around: Surroundings) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "fingerprint": around.run.fingerprint(),
+        "config": around.run.model_dump(mode="json"),
+        "upper": {"parameters": around.upper_parameters, "wire_dtype": around.run.wire.dtype},
+        "weights": dict(around.weights),
+        "baselines": around.baselines,
+        "privacy": None,
+        "quarantine": dict(around.quarantine),
+        "dropped": dict(around.dropped),
+        "software": {
+            **{name: importlib.metadata.version(name) for name in _SOFTWARE},
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _sites(outcome: Outcome, run: RunConfig) -> dict[str, Any]:
+    nothing = np.zeros((len(SPLITS), len(run.task.labels)), np.int64)
+    found: dict[str, Any] = {}
+    for site in run.sites.names:
+        support = outcome.support.get(site, nothing)
+        found[site] = {
+            "examples": {split: int(row.sum()) for split, row in zip(SPLITS, support, strict=True)},
+            "labels": {label: int(count) for label, count in zip(run.task.labels, support.sum(0), strict=True)},
+            "rounds": outcome.contributed[site],
+            "status": outcome.status.get(site, "lost(absent)"),
+        }
+    return found
+
+
+def _curves(outcome: Outcome, labels: tuple[str, ...]) -> dict[str, Any]:
+    pooled = outcome.test.pooled
+    targets = metrics.targets(len(labels))
+    roc = {
+        labels[target]: [list(point) for point in metrics.roc_curve(pooled.positives[row], pooled.negatives[row])]
+        for row, target in enumerate(targets)
+    }
+    return {"roc": roc, "reliability": metrics.reliability_curve(pooled)}
+
+
+def _warnings(outcome: Outcome, pooled: Mapping[str, Any], labels: tuple[str, ...]) -> list[dict[str, str]]:
+    found = []
+    if not outcome.complete:
+        found.append({"code": "partial_run", "message": "at least one site missed a round or the test"})
+    tiny = [label for label in labels if pooled["support"][label] < TINY_SUPPORT]
+    if tiny:
+        message = f"fewer than {TINY_SUPPORT} test examples of {', '.join(tiny)}: these figures say little"
+        found.append({"code": "tiny_support", "message": message})
+    return found
+
+
+def write_model(folder: Path, outcome: Outcome, around: Surroundings, result: Mapping[str, Any]) -> None:
+    """Write `model/`: the trained tensors, and what is needed to put them on their trunk."""
+    folder.mkdir(exist_ok=True)
+    head: dict[str, NDArray[Any]] = {f"head.{name}": outcome.fixed[name] for name in ("mean", "scale")}
+    digest = checkpoint.write_tensors(folder / "upper.safetensors", {**outcome.weights, **head})
+    model, data = around.run.model, around.run.data
+    card = {
+        "schema": SCHEMA,
+        "backbone": model.backbone,
+        "weights": dict(around.weights),
+        "trunk_sha256": around.trunk.sha256,
+        "cut": model.trainable,
+        "features": model.features,
+        "labels": list(around.run.task.labels),
+        "preprocessing": {
+            "preset": data.preset,
+            "image_size": data.image_size,
+            "views": data.views,
+            "id": data.preprocessing,
+        },
+        "metrics": result["test"]["pooled"],
+        "best_round": outcome.best_round,
+        "upper_sha256": digest,
+        "fingerprint": around.run.fingerprint(),
+    }
+    write_json(folder / "model.json", card)
+
+
+def read_rounds(folder: Path) -> list[dict[str, Any]]:
+    """Return the rounds that a run's folder has on record."""
+    path = folder / "rounds.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

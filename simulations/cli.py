@@ -1,0 +1,236 @@
+"""`consilium simulate`: options to a plan. Nothing heavy is imported before the command runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+# Each option's place in run.toml.
+_PLACES = {
+    "dataset": ("simulation", "dataset"),
+    "data_root": ("simulation", "data_root"),
+    "sites": ("simulation", "sites"),
+    "partition": ("simulation", "partition"),
+    "baselines": ("simulation", "baselines"),
+    "backend": ("simulation", "backend"),
+    "device": ("simulation", "device"),
+    "backbone": ("model", "backbone"),
+    "weights": ("model", "weights"),
+    "trainable": ("model", "trainable"),
+    "features": ("model", "features"),
+    "init": ("model", "init"),
+    "image_size": ("data", "image_size"),
+    "preset": ("data", "preset"),
+    "views": ("data", "views"),
+    "strategy": ("training", "strategy"),
+    "rounds": ("training", "rounds"),
+    "local_epochs": ("training", "local_epochs"),
+    "local_steps": ("training", "local_steps"),
+    "batch_size": ("training", "batch_size"),
+    "lr": ("training", "lr"),
+    "class_weights": ("training", "class_weights"),
+    "wire": ("wire", "dtype"),
+    "quorum": ("sites", "quorum"),
+    "deadline": ("sites", "deadline_s"),
+}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": False})
+@click.option(
+    "--dataset", metavar="NAME|FILE|FOLDER", help="phantoms (default), a MedMNIST name, an .npz file, a folder."
+)
+@click.option("--data-root", metavar="DIR", help="Where MedMNIST files are or go.")
+@click.option("--sites", type=int, metavar="N", help="Hospitals to simulate [5].")
+@click.option(
+    "--partition", metavar="RULE", help="dirichlet:A [0.5], iid, shards:K, quantity:A, natural [phantoms' default]."
+)
+@click.option("--backbone", metavar="NAME", help="Any timm classifier [tf_efficientnet_lite0].")
+@click.option("--weights", metavar="SOURCE", help="auto (default), embedded, hub, none, or a .safetensors file.")
+@click.option("--trainable", metavar="CUT", help="head (default), stages:N from the output, all.")
+@click.option("--image-size", type=int, metavar="PIXELS", help="Side of the square input [the preset's].")
+@click.option("--preset", metavar="NAME", help="How images are shown: generic (default), chest-xray, ct, …")
+@click.option("--views", type=int, metavar="K", help="Cached views an image, 1 = none [the preset's].")
+@click.option("--features", metavar="KIND", help="multi (default): pooled outputs of several stages; last.")
+@click.option("--init", metavar="KIND", help="analytic (default): closed-form head from summed statistics; zero.")
+@click.option(
+    "--strategy",
+    metavar="RULE",
+    help="fedavg (default), analytic, fedprox:MU, fedavgm, fedadam, fedyogi, fedadagrad, median, trimmed-mean:B, krum.",
+)
+@click.option("--rounds", type=int, metavar="N", help="Rounds [10].")
+@click.option("--local-epochs", type=int, metavar="N", help="Passes over a site's data a round [1].")
+@click.option("--local-steps", type=int, metavar="N", help="Optimiser steps a round, instead of passes.")
+@click.option("--batch-size", type=int, metavar="N", help="Examples a step [32].")
+@click.option("--lr", type=float, metavar="RATE", help="Learning rate [0.0003 for the head, 0.0001 for deeper cuts].")
+@click.option("--class-weights", metavar="KIND", help="balanced (default): from pooled label counts; none.")
+@click.option("--wire", metavar="TYPE", help="float32 (default), bfloat16, float16.")
+@click.option("--quorum", type=int, metavar="N", help="Usable answers a round needs [all sites].")
+@click.option("--deadline", type=float, metavar="SECONDS", help="Time a site has to answer [3600].")
+@click.option(
+    "--fault",
+    "faults",
+    multiple=True,
+    metavar="FAULT",
+    help="drop:SITE@ROUND, slow:SITE@ROUND:SECONDS, nan:SITE@ROUND, crash:coordinator@ROUND; repeatable.",
+)
+@click.option("--epsilon", type=float, metavar="EPS", help="Target of differential privacy (not in this version).")
+@click.option("--delta", type=float, metavar="DELTA", help="Its delta (not in this version).")
+@click.option(
+    "--baselines/--no-baselines", default=None, help="Compare with pooled training and each site alone [yes]."
+)
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A run.toml; options win over it.")
+@click.option("--seed", type=int, metavar="N", help="Decides every random stream [0].")
+@click.option("--device", metavar="NAME", help="auto (default), cpu, cuda.")
+@click.option("--backend", metavar="NAME", help="inprocess (default), ray.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), metavar="DIR", help="Features and images [~/.cache/consilium]."
+)
+@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="[runs/<dataset>-<strategy>-<k>]")
+@click.option("--resume", is_flag=True, help="Go on from what --output holds.")
+@click.option("--json", "as_json", is_flag=True, help="Print result.json on standard output, and nothing else there.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def simulate(**options: Any) -> int:
+    r"""Run a whole federation in this process, on public or drawn data.
+
+    \b
+    Example:
+      consilium simulate --dataset pneumoniamnist.npz --image-size 128 --partition dirichlet:0.5
+
+    Ends with a table, and with result.json, report.html and model/ in the output folder.
+    Exit code: 0 done, 1 failed, 2 wrong use, 3 completed in part.
+    """
+    _quiet_dependencies()
+    job = _job(options)
+    from simulations import closing, runner
+    from simulations.progress import Reporter
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # Flower sets its level when it is imported
+
+    try:
+        with Reporter(quiet=options["quiet"]) as reporter:
+            folder, found = runner.simulate(job, reporter)
+    except KeyboardInterrupt:
+        raise click.exceptions.Abort from None
+    if options["as_json"]:
+        click.echo(json.dumps(found, allow_nan=False))
+    else:
+        closing.show(found, folder)
+    return 0 if found["status"] == "completed" else 3
+
+
+def _quiet_dependencies() -> None:
+    """Turn off what dependencies would send or print by themselves, before they are imported."""
+    for name, value in {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _job(options: dict[str, Any]) -> Any:
+    """Return the job that the options describe."""
+    from common.errors import UsageError
+    from common.run_config import build, read
+    from simulations.grid import Fault
+    from simulations.runner import Job
+
+    if options["epsilon"] is not None or options["delta"] is not None:
+        raise UsageError("--epsilon: training with differential privacy is not in this version; leave it out")
+    given = _given(options)
+    if options["resume"] and (given or options["config"]):
+        return _checked_resume(options, given)
+    values = read(options["config"]) if options["config"] else {}
+    plan = build(merged(values, given), "options")
+    return Job(
+        plan,
+        options["output"],
+        _cache(options),
+        options["resume"],
+        tuple(Fault.parse(text) for text in options["faults"]),
+    )
+
+
+def _checked_resume(options: dict[str, Any], given: dict[str, Any]) -> Any:
+    """Return the job of a resumed run whose options are repeated; they must be the run's own."""
+    from common.errors import ConfigError, UsageError
+    from common.run_config import build, read
+    from simulations.grid import Fault
+    from simulations.runner import Job
+
+    if options["output"] is None:
+        raise UsageError("--resume: name the run's folder with --output")
+    path = options["output"] / "run.toml"
+    if not path.is_file():
+        raise UsageError(f"--resume: {options['output']} holds no run (no run.toml); leave --resume out to start one")
+    held = build(read(path), str(path))
+    wanted = merged(read(options["config"]) if options["config"] else {}, given)
+    build(wanted, "options")
+    for place, value in _leaves(wanted):
+        kept: Any = held.model_dump(mode="json")
+        for key in place:
+            kept = kept.get(key) if isinstance(kept, dict) else None
+        if kept != value and not _same_default(place, kept, value):
+            raise ConfigError(
+                f"--resume: {'.'.join(place)} is {kept!r} in {path}, got {value!r}; a resumed run keeps its own"
+            )
+    return Job(held, options["output"], _cache(options), True, tuple(Fault.parse(text) for text in options["faults"]))
+
+
+def _same_default(place: tuple[str, ...], kept: Any, value: Any) -> bool:
+    """Return whether a value was resolved into the one that the run holds."""
+    return place == ("model", "weights") and value == "auto" and kept in ("embedded", "hub")
+
+
+def _leaves(values: dict[str, Any], place: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    found: list[tuple[tuple[str, ...], Any]] = []
+    for key, value in values.items():
+        found.extend(_leaves(value, (*place, key)) if isinstance(value, dict) else [((*place, key), value)])
+    return found
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given, as nested configuration."""
+    values: dict[str, Any] = {}
+    for name, (section, key) in _PLACES.items():
+        if options[name] is not None:
+            values.setdefault(section, {})[key] = options[name]
+    if options["seed"] is not None:
+        values["seed"] = options["seed"]
+    return values
+
+
+def merged(file: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the file's values with the options over them; of two exclusive keys the option's stays.
+
+    Examples:
+        >>> merged({"training": {"rounds": 3, "lr": 0.1}}, {"training": {"rounds": 5}})
+        {'training': {'rounds': 5, 'lr': 0.1}, 'simulation': {}}
+    """
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in file.items()}
+    for key, value in options.items():
+        if isinstance(value, dict) and isinstance(result.get(key, {}), dict):
+            section = result.setdefault(key, {})
+            for one, other in (("local_epochs", "local_steps"), ("local_steps", "local_epochs")):
+                if one in value and other not in value:
+                    section.pop(other, None)
+            section.update(value)
+        else:
+            result[key] = value
+    result.setdefault("simulation", {})
+    return result
+
+
+def _cache(options: dict[str, Any]) -> Path:
+    """Return the cache folder: the option's, else the user's."""
+    if options["cache"] is not None:
+        return Path(options["cache"])
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "consilium"

@@ -1,0 +1,45 @@
+"""The closing table of a simulation, on standard output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+MOST_SITES = 12
+"""Sites that the table names one by one; the report has them all."""
+
+
+def show(result: Mapping[str, Any], folder: Path, console: Console | None = None) -> None:
+    """Print what was reached, and where the report is."""
+    console = console or Console()
+    if result["weights"]["source"] == "none":
+        console.print("Random backbone weights (--weights none): these figures say nothing about transfer learning.")
+    table = Table(title=_title(result), title_justify="left")
+    for column in ("", "test images", "AUC", "95 % interval", "accuracy", "precision", "recall"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    _row(table, "federated", result["test"]["pooled"])
+    baselines = result["baselines"]
+    if baselines:
+        _row(table, "all data pooled", baselines["pooled"])
+        for site, figures in list(baselines["local"].items())[:MOST_SITES]:
+            _row(table, f"{site} alone", figures)
+    console.print(table)
+    for warning in result["warnings"]:
+        console.print(f"warning: {warning['message']}", markup=False, highlight=False)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    return f"{result['status'].replace('_', ' ')}: best round {result['best_round']} of {len(result['rounds']) - 1}"
+
+
+def _row(table: Table, name: str, figures: Mapping[str, Any]) -> None:
+    interval = figures["auc_ci95"]
+    shown = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "–"
+    cells = [figures["auc"], shown, figures["accuracy"], figures["precision"], figures["recall"]]
+    texts = [cell if isinstance(cell, str) else "–" if cell is None else f"{cell:.3f}" for cell in cells]
+    table.add_row(name, str(figures["examples"]), *texts)

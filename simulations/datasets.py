@@ -1,0 +1,468 @@
+"""Public image sets as one pool of examples: phantoms, MedMNIST files, other .npz files and folders.
+
+A .npz holds either MedMNIST's six arrays (`train_images`, `train_labels`, `val_images`, ...), which name the splits, or
+the flat layout: `images` (N, H, W) or (N, H, W, 3) uint8 and `labels` (N,), with optional `site`, `patient`, `split`.
+Nothing is ever unpickled, pixels are resized only when they are read, and medmnist is imported only to download.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import re
+import struct
+import sys
+import tempfile
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.cohort import Cohort, PixelSource
+from client.folder import Progress, read_folder
+from client.preprocessing import ColourPolicy, Preset, preprocess_array, preprocessing_id
+from common.errors import ConsiliumError, DataError, unknown_value
+from simulations import phantoms
+from simulations.splits import assign
+
+PHANTOM_IMAGES = 600
+
+MEDMNIST_ARRAYS = tuple(f"{split}_{what}" for split in ("train", "val", "test") for what in ("images", "labels"))
+
+FLAT_ARRAYS = ("images", "labels")
+
+FLAT_COLUMNS = ("site", "patient", "split")  # optional, one value an image
+
+SPLIT_WORDS = {
+    "train": 0, "val": 1, "validation": 1, "test": 2,
+    "0": 0, "1": 1, "2": 2,
+}  # fmt: skip
+
+_UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, SyntaxError, EOFError, OverflowError, MemoryError, RuntimeError,
+    zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError,
+)  # fmt: skip
+"""What NumPy and zipfile raise on damaged files; RuntimeError is an encrypted or unknown compression."""
+
+Array = NDArray[Any]
+_Shown = tuple[int, ColourPolicy]  # image size and colour policy
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One pool of examples, before it is divided into sites."""
+
+    name: str  # short name for the output folder and the report
+    cohort: Cohort  # the whole pool, splits filled in
+    sites: tuple[str, ...] | None  # natural site of each example; None where the data name none
+    dropped: Mapping[str, int]  # reason -> examples left out, e.g. {"duplicate_across_splits": 8}
+    ignored: Mapping[str, int]  # reason -> files of a folder that are no images
+    warnings: tuple[str, ...] = ()  # what was decided on the user's behalf
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """A `PixelSource` over arrays in memory: their rows count on from one array to the next."""
+
+    parts: tuple[NDArray[np.uint8], ...]  # each (n, H, W), or each (n, H, W, 3)
+    size: int  # S, pixels a side
+    colour: ColourPolicy
+
+    def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return the preprocessed images of these rows: (n, C, S, S) uint8, C 1 for grey or 3 for colour."""
+        ends = np.cumsum([len(part) for part in self.parts])
+        owner = np.searchsorted(ends, rows, side="right")
+        grey = self.colour == "grey" or (self.colour == "keep" and self.parts[0].ndim == 3)
+        images = np.empty((len(rows), 1 if grey else 3, self.size, self.size), dtype=np.uint8)
+        for number in np.unique(owner):
+            chosen = np.flatnonzero(owner == number)
+            part = self.parts[number]
+            images[chosen] = preprocess_array(part[rows[chosen] - ends[number] + len(part)], self.size, self.colour)
+        return images
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """What every kind of data comes to before splits are assigned: N examples."""
+
+    source: PixelSource
+    rows: NDArray[np.int64]
+    digests: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    label_names: tuple[str, ...]
+    patients: NDArray[np.int64]
+    sites: Array | None = None
+    splits: NDArray[np.int8] | None = None
+    quarantine: Mapping[str, int] = field(default_factory=dict)
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+
+def load(
+    dataset: str,
+    *,
+    data_root: Path,
+    cache: Path,
+    preset: Preset,
+    image_size: int,
+    seed: int,
+    sites: int,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Read a data set by name, file or folder, and assign its splits.
+
+    Args:
+        dataset: `phantoms`; a MedMNIST name, such as `pneumoniamnist` or `pneumoniamnist_128`; a .npz file; a folder.
+        data_root: where MedMNIST files are, or are downloaded to.
+        cache: where phantoms are written.
+        preset: how images are shown to the network; of arrays, which are 8-bit already, only its colour policy.
+        image_size: side of the preprocessed images, in pixels.
+        seed: the run's seed: draws phantoms and splits.
+        sites: how many hospitals the phantoms come from.
+        progress: called with the number of files done and of files in all.
+
+    Raises:
+        ConfigError: `dataset` is neither a name nor a path.
+        DataError: the data cannot be used.
+        ConsiliumError: a MedMNIST file could not be downloaded.
+    """
+    catalogue = _catalogue()
+    path = Path(dataset)
+    base, side = _base_and_side(dataset)
+    shown = (image_size, preset.colour)
+    if dataset == "phantoms":
+        path = _phantoms(cache, sites, seed, progress)
+        pool = _folder_pool(path, preset, image_size, cache, progress, phantoms.LABELS)
+    elif base in catalogue and (not side or f"url{side}" in catalogue[base]):
+        pool = _medmnist_pool(base, side, catalogue[base], data_root, shown)
+    elif path.is_dir():
+        pool = _folder_pool(path, preset, image_size, cache, progress, None)
+    elif path.is_file():
+        pool = _npz_pool(path, shown, None)
+    else:
+        names = [name for name, info in catalogue.items() if not _unsupported(info)]
+        unknown_value("--dataset", dataset, ["phantoms", *names, "a .npz file that exists", "a folder that exists"])
+    return _dataset(_short_name(dataset), pool, preprocessing_id(preset, image_size), seed)
+
+
+def _dataset(name: str, pool: _Pool, preprocessing: str, seed: int) -> Dataset:
+    if len(pool.label_names) < 2:
+        raise DataError(f"{name}: expected at least two labels, got only {pool.label_names[0]!r}")
+    try:
+        made = assign(pool.labels, pool.digests, pool.patients, pool.splits, seed, pool.label_names)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    whole = Cohort(
+        source=pool.source,
+        rows=pool.rows,
+        digests=pool.digests,
+        labels=pool.labels,
+        splits=made.splits,
+        patients=pool.patients,
+        label_names=pool.label_names,
+        preprocessing=preprocessing,
+        quarantine=pool.quarantine,
+    )
+    natural = None if pool.sites is None else tuple(str(site) for site in pool.sites[made.keep])
+    cohort = whole if made.keep.all() else replace(whole.subset(np.flatnonzero(made.keep)), quarantine=pool.quarantine)
+    return Dataset(name, cohort, natural, made.dropped, pool.ignored, made.warnings)
+
+
+def _phantoms(cache: Path, sites: int, seed: int, progress: Progress | None) -> Path:
+    """Write the phantoms of this seed unless they are there already, and return their folder."""
+    images = max(PHANTOM_IMAGES, phantoms.MIN_IMAGES_PER_SITE * sites)
+    path = cache / "phantoms" / f"v{phantoms.VERSION}-{sites}-{images}-{seed}"
+    phantoms.write(path, sites, images, seed, None if progress is None else lambda done: progress(done, images))
+    return path
+
+
+def _short_name(dataset: str) -> str:
+    path = Path(dataset)
+    stem = path.stem if path.suffix == ".npz" else path.resolve().name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "data"
+
+
+# ---------------------------------------------------------------------------------------------------- MedMNIST by name
+
+
+def _catalogue() -> dict[str, dict[str, Any]]:
+    """Return medmnist's table of data sets, read as text: importing the package loads torch and makes a home folder."""
+    spec = importlib.util.find_spec("medmnist")
+    if spec is None or spec.origin is None:
+        return {}
+    tree = ast.parse(Path(spec.origin).with_name("info.py").read_text(encoding="utf-8"))
+    tables = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "INFO"
+    ]
+    table: dict[str, dict[str, Any]] = ast.literal_eval(tables[0])
+    return table
+
+
+def _base_and_side(name: str) -> tuple[str, str]:
+    """Split `pathmnist_128` into `pathmnist` and `_128`, the way medmnist names its variants."""
+    base, _, side = name.rpartition("_")
+    return (base, f"_{side}") if base and side.isdigit() else (name, "")
+
+
+def _unsupported(info: Mapping[str, Any]) -> str:
+    """Return why a MedMNIST set cannot be used, or an empty text."""
+    if info["python_class"].endswith("3D"):
+        return "3-D sets are not supported"
+    return "several labels an image are not supported yet" if info["task"].startswith("multi-label") else ""
+
+
+def _medmnist_pool(base: str, side: str, info: Mapping[str, Any], data_root: Path, shown: _Shown) -> _Pool:
+    if _unsupported(info):
+        raise DataError(f"{base}: {_unsupported(info)}: choose another data set")
+    path = data_root / f"{base}{side}.npz"
+    if not path.is_file():
+        _download(path, info, side)
+    names = tuple(str(info["label"][str(number)]) for number in range(len(info["label"])))
+    return _npz_pool(path, shown, names)
+
+
+def _download(path: Path, info: Mapping[str, Any], side: str) -> None:
+    """Let medmnist fetch and verify a file; it gets its name in the data root only when it is whole."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as draft, contextlib.redirect_stdout(sys.stderr):
+            kind = getattr(importlib.import_module("medmnist"), info["python_class"])
+            kind(split="val", download=True, root=draft, size=int(side[1:] or 28))
+            (Path(draft) / path.name).replace(path)
+    except (OSError, RuntimeError) as error:
+        raise ConsiliumError(
+            f"{path.name}: could not be downloaded from {info[f'url{side}']}; to go on offline, put the file into "
+            f"{path.parent} (--data-root) or pass a .npz file as --dataset"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------- .npz files
+
+
+def _npz_pool(path: Path, shown: _Shown, label_names: tuple[str, ...] | None) -> _Pool:
+    """Read a .npz in either layout; `label_names` are those of the catalogue, None for a file of the user's."""
+    try:
+        arrays = _read_npz(path)
+        if "images" in arrays:
+            return _flat_pool(arrays, shown)
+        return _medmnist_layout_pool(arrays, shown, label_names)
+    except DataError as error:
+        raise DataError(f"{path.name}: {error}") from error
+
+
+def _read_npz(path: Path) -> dict[str, Array]:
+    """Read the arrays of one layout and no others; object arrays, which are pickles, are refused unread."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from error
+    try:
+        with file:
+            if not zipfile.is_zipfile(file):
+                raise DataError("expected a .npz file (a zip of NumPy arrays); it is something else, or was cut short")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                return {name: np.asarray(archive[name]) for name in _wanted(archive.files)}
+    except _UNREADABLE as error:
+        raise DataError(
+            "expected plain NumPy arrays; it is damaged, or holds Python objects, which are never unpickled: "
+            "download it again, or save numbers and text only"
+        ) from error
+
+
+def _wanted(found: list[str]) -> list[str]:
+    """Return the arrays to read: those of the layout that the names found point to."""
+    medmnist = any(name in found for name in MEDMNIST_ARRAYS)
+    required = MEDMNIST_ARRAYS if medmnist else FLAT_ARRAYS
+    missing = [name for name in required if name not in found]
+    if missing:
+        raise DataError(
+            f"expected MedMNIST's arrays (train_images, train_labels, val_..., test_...) or images and labels; "
+            f"missing {', '.join(missing)}, found {', '.join(map(repr, found[:12])) or 'nothing'}"
+        )
+    return [*required, *(name for name in FLAT_COLUMNS if name in found and not medmnist)]
+
+
+def _medmnist_layout_pool(arrays: dict[str, Array], shown: _Shown, names: tuple[str, ...] | None) -> _Pool:
+    parts, labels, splits = [], [], []
+    for number, split in enumerate(("train", "val", "test")):
+        images = _images(arrays[f"{split}_images"], f"{split}_images")
+        parts.append(images)
+        labels.append(_whole(_column(arrays[f"{split}_labels"], f"{split}_labels", len(images)), f"{split}_labels"))
+        splits.append(np.full(len(images), number, dtype=np.int8))
+    if len({part.ndim for part in parts}) > 1:
+        raise DataError("expected all images grey or all in colour; got some of each")
+    numbers, label_names = _numbered(np.concatenate(labels), names)
+    return _array_pool(parts, shown, numbers, label_names, None, splits=np.concatenate(splits))
+
+
+def _flat_pool(arrays: dict[str, Array], shown: _Shown) -> _Pool:
+    images = _images(arrays["images"], "images")
+    values = _column(arrays["labels"], "labels", len(images))
+    labels, label_names = _named(values) if values.dtype.kind == "U" else _numbered(_whole(values, "labels"), None)
+    columns = {name: _column(arrays[name], name, len(images)) for name in FLAT_COLUMNS if name in arrays}
+    for name, column in columns.items():
+        if column.dtype.kind not in "biuU":
+            raise DataError(f"{name}: expected text or whole numbers, got {column.dtype}")
+    return _array_pool(
+        [images],
+        shown,
+        labels,
+        label_names,
+        columns.get("patient"),
+        splits=_split_numbers(columns["split"]) if "split" in columns else None,
+        sites=_site_names(columns["site"]) if "site" in columns else None,
+    )
+
+
+def _array_pool(
+    parts: list[NDArray[np.uint8]],
+    shown: _Shown,
+    labels: NDArray[np.int64],
+    label_names: tuple[str, ...],
+    patients: Array | None,
+    *,
+    splits: NDArray[np.int8] | None,
+    sites: Array | None = None,
+) -> _Pool:
+    rows = np.arange(len(labels))
+    return _Pool(
+        source=ArraySource(tuple(parts), *shown),
+        rows=rows,
+        digests=np.concatenate([_digests(part) for part in parts]),
+        labels=labels,
+        label_names=label_names,
+        patients=rows if patients is None else _patient_numbers(patients.tolist()),
+        sites=sites,
+        splits=splits,
+    )
+
+
+def _images(array: Array, name: str) -> NDArray[np.uint8]:
+    """Return the images as (N, H, W) or (N, H, W, 3); a last axis of one grey value is taken off."""
+    if array.dtype != np.uint8:
+        raise DataError(f"{name}: expected uint8, got {array.dtype}: scale the values to 0..255 and save them as uint8")
+    if array.ndim == 4 and array.shape[3] == 1:
+        array = array[..., 0]
+    if not (array.ndim == 3 or (array.ndim == 4 and array.shape[3] == 3)):
+        volume = array.ndim == 5 or (array.ndim == 4 and array.shape[1] not in (1, 3))
+        hint = "3-D sets are not supported" if volume else "put colour last"
+        raise DataError(f"{name}: expected (N, H, W) or (N, H, W, 3), got {array.shape}: {hint}")
+    if 0 in array.shape[1:]:
+        raise DataError(f"{name}: expected images of at least one pixel, got {array.shape}")
+    return array
+
+
+def _column(array: Array, name: str, count: int) -> Array:
+    """Return one value an image, (N,); text as Unicode."""
+    if array.ndim == 2 and array.shape[1] > 1:
+        raise DataError(f"{name}: got {array.shape[1]} values an image; several labels an image are not supported yet")
+    if array.shape not in ((count,), (count, 1)):
+        raise DataError(f"{name}: expected one value for each of {count} images, got shape {array.shape}")
+    column = array.reshape(count)
+    if column.dtype.kind != "S":
+        return column
+    try:
+        return np.char.decode(column, "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: expected text in UTF-8, got other bytes") from error
+
+
+def _whole(values: Array, name: str) -> NDArray[np.int64]:
+    """Return labels as int64; floats are accepted where they are whole numbers."""
+    if values.dtype.kind not in "biuf":
+        raise DataError(f"{name}: expected whole numbers from 0, got {values.dtype}")
+    if values.dtype.kind == "f" and not ((np.abs(values) < 2**31) & (np.floor(values) == values)).all():
+        raise DataError(f"{name}: expected whole numbers from 0, got fractions, infinities or NaN")
+    return values.astype(np.int64)
+
+
+def _numbered(labels: NDArray[np.int64], names: tuple[str, ...] | None) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Check labels that are numbers: 0..K-1, K the number of names, or of distinct labels where none are known."""
+    found = np.unique(labels)
+    expected = len(found) if names is None else len(names)
+    if not len(found):
+        raise DataError("expected images, got none")
+    if found[0] < 0 or found[-1] >= expected:
+        raise DataError(
+            f"labels: expected 0..{expected - 1} without a gap for {expected} labels, got {found[0]}..{found[-1]}"
+        )
+    return labels, names or tuple(str(number) for number in range(expected))
+
+
+def _named(values: Array) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Number labels that are text, in text order."""
+    found, labels = np.unique(values, return_inverse=True)
+    if not len(found):
+        raise DataError("expected images, got none")
+    if not str(found[0]).strip():
+        raise DataError("labels: expected a label for each image, got an empty one")
+    return labels.astype(np.int64), tuple(str(name) for name in found)
+
+
+def _split_numbers(values: Array) -> NDArray[np.int8]:
+    """Return given splits as indices into SPLITS."""
+    found, inverse = np.unique(values, return_inverse=True)
+    words = [str(value).strip().lower() for value in found]
+    unknown = [word for word in words if word not in SPLIT_WORDS]
+    if unknown:
+        raise DataError(f"split: expected train, val, validation or test (or 0, 1, 2), got {unknown[0]!r}")
+    return np.array([SPLIT_WORDS[word] for word in words], dtype=np.int8)[inverse]
+
+
+def _site_names(values: Array) -> Array:
+    names = np.char.strip(values.astype(np.str_))
+    if (names == "").any():
+        raise DataError("site: expected a site for each image, or no sites at all; got an empty one")
+    return names
+
+
+def _patient_numbers(keys: Sequence[str | bytes | int | None]) -> NDArray[np.int64]:
+    """Number the patients; an image whose patient is not known (None, or an empty text) is a patient of its own."""
+    known = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    unknown = {None, "", b""}
+    numbers = [len(known) + row if key in unknown else known[key] for row, key in enumerate(keys)]
+    return np.array(numbers, dtype=np.int64)
+
+
+def _digests(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the SHA-256 of each image and its shape: (N, 32)."""
+    start = hashlib.sha256(f"{images.shape[1:]}".encode())
+    digests = bytearray()
+    for image in np.ascontiguousarray(images):
+        each = start.copy()
+        each.update(image)
+        digests += each.digest()
+    return np.frombuffer(bytes(digests), dtype=np.uint8).reshape(-1, 32)
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def _folder_pool(
+    root: Path, preset: Preset, image_size: int, cache: Path, progress: Progress | None, names: tuple[str, ...] | None
+) -> _Pool:
+    index = read_folder(root, preset, image_size, cache, progress)
+    labels, label_names = _named(np.asarray(index.labels, dtype=np.str_))
+    if names is not None:
+        labels, label_names = np.array([names.index(name) for name in label_names], dtype=np.int64)[labels], names
+    return _Pool(
+        source=index.source,
+        rows=index.rows,
+        digests=index.digests,
+        labels=labels,
+        label_names=label_names,
+        patients=_patient_numbers(index.patients),
+        sites=None if index.sites is None else _site_names(np.asarray(index.sites)),
+        splits=None if index.splits is None else _split_numbers(np.asarray(index.splits)),
+        quarantine=index.quarantine,
+        ignored=index.ignored,
+    )

@@ -1,0 +1,300 @@
+"""`consilium simulate` from a plan to a report: data, sites, federation, baselines, result."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.app import make_app as make_client_app
+from client.cohort import Cohort
+from client.features import Extractor
+from client.preprocessing import PRESETS, Preset
+from client.views import Augmentation
+from client.workshop import Workshop, choose_device, threads
+from common import checkpoint, model
+from common.errors import CheckpointError, ConfigError, ConsiliumError, UsageError, unknown_value
+from common.files import write_atomic, write_json
+from common.model import Built
+from common.run_config import RunConfig, Simulation
+from common.weights import Weights
+from server import report, result
+from server.app import make_app as make_server_app
+from server.coordinator import Coordinator, Outcome, Start
+from server.federation import Federation
+from server.result import Surroundings, TrunkFacts
+from simulations import baselines, datasets, hospitals, partition
+from simulations.datasets import Dataset
+from simulations.grid import Fault, InProcessGrid, check_faults, run_in_process, run_on_ray
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command was asked to do."""
+
+    plan: RunConfig  # as the options and the file say; labels, names and hashes are still open
+    output: Path | None
+    cache: Path
+    resume: bool = False
+    faults: tuple[Fault, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that is settled before the first message."""
+
+    run: RunConfig
+    dataset: Dataset
+    sites: dict[str, Cohort]
+    built: Built
+    trunk: bytes
+    device: str
+
+
+def simulate(job: Job, progress: Progress) -> tuple[Path, dict[str, Any]]:
+    """Run a simulation to its end and return its folder and its result.
+
+    Raises:
+        UsageError: something that was asked for cannot be done as asked.
+        ConsiliumError: the run failed; what was reached is in the folder.
+    """
+    begin = time.monotonic()
+    plan = _continued(job)
+    scene = set_scene(plan, job.cache, progress)
+    check_faults(job.faults, scene.run.sites.names, scene.run.training.rounds)
+    folder = _open_folder(job, scene.run)
+    workshop = Workshop(job.cache, scene.device)
+    seconds = {"features": _fill(scene, job.cache, progress)}
+    start = Start(scene.run, scene.trunk, model.trainable_values(scene.built.upper), folder)
+    around = _surroundings(scene)
+    workshop.lend(scene.run.fingerprint(), scene.built)
+    try:
+        outcome = federate(start, scene, workshop, job, progress)
+    except ConsiliumError as error:
+        rounds = result.read_rounds(folder)
+        _finish(folder, result.failed(str(error), around(None, seconds), rounds, time.monotonic() - begin))
+        raise
+    seconds["rounds"] = outcome.seconds["rounds"]
+    compared, seconds["baselines"] = _compare(scene, start, workshop, folder, progress)
+    seconds["total"] = time.monotonic() - begin
+    known = around(compared, seconds)
+    found = result.completed(outcome, known)
+    result.write_model(folder / "model", outcome, known, found)
+    _finish(folder, found)
+    return folder, found
+
+
+def set_scene(plan: RunConfig, cache: Path, progress: Progress) -> Scene:
+    """Load the data, cut them into sites, build the model, and settle the run's configuration."""
+    simulation = plan.simulation or Simulation()
+    device = choose_device(simulation.device)
+    preset_name, preset = _preset(plan, simulation)
+    size = plan.data.image_size or preset.image_size
+    spec = partition.parse_spec(simulation.partition or _default_partition(simulation))
+    weights = Weights.parse(plan.model.weights, plan.model.backbone)  # a bad value fails before the data are read
+    data_root = Path(simulation.data_root) if simulation.data_root else cache / "datasets"
+    dataset = datasets.load(
+        simulation.dataset,
+        data_root=data_root,
+        cache=cache,
+        preset=preset,
+        image_size=size,
+        seed=plan.seed,
+        sites=simulation.sites,
+        progress=lambda done, total: progress("images", done, total),
+    )
+    parts = partition.partition(dataset.cohort, dataset.sites, spec, simulation.sites, plan.seed, cache)
+    names = tuple(sorted(parts))
+    quorum = plan.sites.quorum or len(names)
+    if quorum > len(names):
+        raise ConfigError(f"--quorum {quorum}: the run has {len(names)} sites")
+    training = plan.training
+    if training.local_epochs is None and training.local_steps is None:
+        training = training.model_copy(update={"local_epochs": 1})
+    run = plan.model_copy(
+        update={
+            "task": plan.task.model_copy(update={"name": dataset.name, "labels": dataset.cohort.label_names}),
+            "data": plan.data.model_copy(
+                update={
+                    "preset": preset_name,
+                    "image_size": size,
+                    "views": plan.data.views or preset.views,
+                    "preprocessing": dataset.cohort.preprocessing,
+                }
+            ),
+            "model": plan.model.model_copy(update={"weights": str(weights.path or weights.source)}),
+            "training": training,
+            "sites": plan.sites.model_copy(update={"names": names, "quorum": quorum}),
+            "simulation": simulation.model_copy(update={"partition": str(spec), "data_root": str(data_root)}),
+        }
+    )
+    built = model.pretrained(run)
+    content = model.frozen_content(built, run)
+    run = run.model_copy(update={"model": run.model.model_copy(update={"trunk_sha256": checkpoint.sha256(content)})})
+    return Scene(run, dataset, hospitals.cohorts(dataset.cohort, parts), built, content, device)
+
+
+def _preset(plan: RunConfig, simulation: Simulation) -> tuple[str, Preset]:
+    name = plan.data.preset or ("phantom" if simulation.dataset == "phantoms" else "generic")
+    if name not in PRESETS:
+        unknown_value("--preset", name, list(PRESETS))
+    return name, PRESETS[name]
+
+
+def _default_partition(simulation: Simulation) -> str:
+    """Return how data are cut into sites if nobody says: phantoms are drawn as hospitals, other data are dealt out."""
+    return "natural" if simulation.dataset == "phantoms" else "dirichlet:0.5"
+
+
+def _fill(scene: Scene, cache: Path, progress: Progress) -> float:
+    """Pass the whole data set through the trunk once, for all sites and baselines; return the seconds."""
+    begin = time.monotonic()
+    preset = PRESETS[scene.run.data.preset]
+    extractor = Extractor.open(
+        scene.built.trunk,
+        scene.built.spec,
+        sha256=scene.run.model.trunk_sha256,
+        cohort=scene.dataset.cohort,
+        cache=cache,
+        augmentation=Augmentation.of(preset),
+        device=scene.device,
+    )
+    with threads():
+        extractor.fill(
+            scene.dataset.cohort, scene.run.data.views or 1, lambda done, total: progress("features", done, total)
+        )
+    return time.monotonic() - begin
+
+
+def federate(start: Start, scene: Scene, workshop: Workshop, job: Job, progress: Progress) -> Outcome:
+    """Run the two apps, in this process or on Ray.
+
+    Raises:
+        ConsiliumError: the run failed.
+    """
+    outcomes: list[Outcome] = []
+    errors: list[ConsiliumError] = []
+
+    def coordinate(grid: Any) -> None:
+        try:
+            federation = Federation(grid, scene.run.sites.deadline_s)
+            outcomes.append(Coordinator(federation, start, progress).execute())
+        except ConsiliumError as error:
+            errors.append(error)
+
+    server = make_server_app(coordinate)
+    folder = start.folder
+    assert folder is not None  # noqa: S101  a simulation always has one
+    if scene.run.simulation and scene.run.simulation.backend == "ray":
+        opener = hospitals.OpenFromDisk.write(folder / "state", scene.sites, job.cache.resolve(), scene.device)
+        share = 1 / len(scene.sites) if scene.device == "cuda" else 0.0
+        run_on_ray(server, make_client_app(opener), len(scene.sites), len(os.sched_getaffinity(0)), share)
+    else:
+        client = make_client_app(hospitals.open_in_process(scene.sites, workshop, folder / "state"))
+        run_in_process(server, InProcessGrid(client, list(scene.sites), job.faults, folder / "state"))
+    if errors:
+        raise errors[0]
+    if not outcomes:
+        raise ConsiliumError("the run did not end; the messages above say why")
+    return outcomes[0]
+
+
+def _compare(
+    scene: Scene, start: Start, workshop: Workshop, folder: Path, progress: Progress
+) -> tuple[dict[str, Any] | None, float]:
+    if not (scene.run.simulation and scene.run.simulation.baselines):
+        return None, 0.0
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=".baselines-", dir=folder) as scratch:
+        found = baselines.run_all(start, scene.dataset.cohort, scene.sites, workshop, Path(scratch), progress)
+    return found, time.monotonic() - begin
+
+
+def _surroundings(scene: Scene) -> Callable[[Mapping[str, Any] | None, Mapping[str, float]], Surroundings]:
+    """Return what completes the facts of a run once baselines and times are known."""
+    values = model.trainable_values(scene.built.upper)
+    trunk = TrunkFacts(scene.run.model.trunk_sha256, model.frozen_count(scene.built), len(scene.trunk))
+    source = Weights.parse(scene.run.model.weights, scene.run.model.backbone)
+    random = {"code": "random_weights", "message": "the backbone has random weights: --weights none was asked for"}
+
+    decided = [{"code": "data", "message": text} for text in scene.dataset.warnings]
+
+    def complete(compared: Mapping[str, Any] | None, seconds: Mapping[str, float]) -> Surroundings:
+        return Surroundings(
+            run=scene.run,
+            trunk=trunk,
+            upper_parameters=sum(value.size for value in values.values()),
+            weights={"source": source.source, "backbone": scene.run.model.backbone},
+            baselines=compared,
+            seconds=seconds,
+            quarantine=scene.dataset.cohort.quarantine,
+            dropped=scene.dataset.dropped,
+            warnings=(*((random,) if source.source == "none" else ()), *decided),
+        )
+
+    return complete
+
+
+# The run's folder
+
+
+def _continued(job: Job) -> RunConfig:
+    """Return the plan, or with --resume the one that the folder holds."""
+    if not job.resume:
+        return job.plan
+    if job.output is None:
+        raise UsageError("--resume: name the run's folder with --output")
+    path = job.output / "run.toml"
+    if not path.is_file():
+        raise UsageError(f"--resume: {job.output} holds no run (no run.toml); leave --resume out to start one there")
+    return RunConfig.from_toml(path.read_text(encoding="utf-8"), str(path))
+
+
+def _open_folder(job: Job, run: RunConfig) -> Path:
+    """Make the run's folder, or check that it is this run's.
+
+    Raises:
+        UsageError: the folder is in use, or cannot be written.
+        CheckpointError: it holds another run.
+    """
+    folder = job.output or next_folder(Path("runs"), run)
+    if job.resume:
+        _check_same(folder, run)
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UsageError(f"--output {folder}: the folder is in use; name another, or go on with --resume")
+        write_atomic(folder / "run.toml", run.to_toml().encode())
+    except OSError as error:
+        raise UsageError(f"--output {folder}: cannot be written ({error.strerror})") from None
+    return folder
+
+
+def _check_same(folder: Path, run: RunConfig) -> None:
+    held = RunConfig.from_toml((folder / "run.toml").read_text(encoding="utf-8"), "run.toml")
+    if held.fingerprint() != run.fingerprint():
+        raise CheckpointError(f"--resume: the data or the weights have changed since {folder} was begun; start anew")
+
+
+def next_folder(root: Path, run: RunConfig) -> Path:
+    """Return the first of `<dataset>-<strategy>-1`, `-2`, … that is not there."""
+    stem = f"{run.task.name}-{run.training.rule.kind}"
+    number = 1
+    while (root / f"{stem}-{number}").exists():
+        number += 1
+    return root / f"{stem}-{number}"
+
+
+def _finish(folder: Path, found: Mapping[str, Any]) -> None:
+    write_json(folder / "result.json", found)
+    report.write(found, folder / "report.html")
+    if found["status"] != "failed":
+        shutil.rmtree(folder / "state", ignore_errors=True)
