@@ -7,6 +7,7 @@ data set is passed once. Batches have one size, the last one padded, so a row do
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from client import views
 from client.cohort import Cohort
+from client.folding import folded
 from client.rowstore import RowStore
 from client.views import Augmentation
 from common.backbone import InputSpec, Trunk
@@ -63,8 +65,7 @@ class Extractor:
         """
         folder = cache / "features" / f"{sha256[:32]}-{cohort.preprocessing}"
         row = np.dtype(("<f2", (trunk.layout.width,)))
-        placed = trunk.to(device).to(memory_format=torch.channels_last)
-        return Extractor(placed, spec, RowStore(folder, row), augmentation, torch.device(device))
+        return Extractor(trunk, spec, RowStore(folder, row), augmentation, torch.device(device))
 
     def missing(self, cohort: Cohort, view: int) -> NDArray[np.int64]:
         """Return the indices of the examples whose features of one view are not on disk, one for each digest."""
@@ -87,30 +88,35 @@ class Extractor:
         work = [(view, self.missing(cohort, view)) for view in range(count)]
         total = sum(len(indices) for _, indices in work)
         done = 0
+        trunk = self._ready_trunk() if total else self.trunk
         for view, indices in work:
             for part in _parts(indices, FLUSH_ROWS):
-                rows = self._extract(cohort, part, view)
+                rows = self._extract(trunk, cohort, part, view)
                 self.store.append(views.keys(cohort.digests[part], view, self.augmentation), rows)
                 done += len(part)
                 if progress:
                     progress(done, total)
         return total
 
-    def _extract(self, cohort: Cohort, indices: NDArray[np.int64], view: int) -> NDArray[np.float16]:
-        rows = [self._forward(cohort, part, view) for part in _parts(indices, BATCH[self.device.type])]
+    def _ready_trunk(self) -> Trunk:
+        quick = folded(self.trunk, self.spec.image_size)
+        return copy.deepcopy(quick).to(self.device).to(memory_format=torch.channels_last)
+
+    def _extract(self, trunk: Trunk, cohort: Cohort, indices: NDArray[np.int64], view: int) -> NDArray[np.float16]:
+        rows = [self._forward(trunk, cohort, part, view) for part in _parts(indices, BATCH[self.device.type])]
         joined = np.concatenate(rows)
         if not np.isfinite(joined).all():
             raise CacheError("an activation of the trunk is beyond float16; choose another --trainable or backbone")
         return joined
 
     @torch.inference_mode()
-    def _forward(self, cohort: Cohort, indices: NDArray[np.int64], view: int) -> NDArray[np.float16]:
+    def _forward(self, trunk: Trunk, cohort: Cohort, indices: NDArray[np.int64], view: int) -> NDArray[np.float16]:
         size = BATCH[self.device.type]
         padded = np.resize(indices, size)  # repeats: every batch has one shape, so one kernel computes every row
         images = torch.from_numpy(cohort.pixels(padded)).float() / 255
         images = views.augment(images, cohort.digests[padded], view, self.augmentation).to(self.device)
         batch = views.normalise(images, self.spec).contiguous(memory_format=torch.channels_last)
-        rows = self.trunk(batch)[: len(indices)].float().cpu().numpy()
+        rows = trunk(batch)[: len(indices)].float().cpu().numpy()
         with np.errstate(over="ignore"):
             return np.asarray(rows, np.float16)
 
