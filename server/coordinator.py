@@ -9,7 +9,7 @@ of round r + 1, and the last ones by an exchange of their own. Round 0 is the st
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,24 +60,6 @@ class Start:
     every_label: bool = True  # whether a label without training examples is an error
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run ended with."""
-
-    weights: Weights  # of the best round
-    fixed: Mapping[str, NDArray[Any]]
-    best_round: int
-    rounds: list[dict[str, Any]]
-    test: Measured
-    threshold: float | None
-    support: Mapping[str, NDArray[np.int64]]  # (3, K) by site
-    status: Mapping[str, str]  # by site
-    contributed: Mapping[str, int]  # rounds by site
-    transfers: Mapping[str, int]
-    complete: bool
-    seconds: Mapping[str, float]
-
-
 @dataclass
 class Cast:
     """Who is in the run, and what each was seen to do."""
@@ -96,6 +78,22 @@ class Cast:
         return sorted(self.support)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with."""
+
+    weights: Weights  # of the best round
+    fixed: Mapping[str, NDArray[Any]]
+    best_round: int
+    rounds: list[dict[str, Any]]
+    test: Measured
+    threshold: float | None
+    cast: Cast
+    contributed: Mapping[str, int]  # rounds by site
+    complete: bool
+    seconds: Mapping[str, float]
+
+
 class Coordinator:
     """Drives one run over a federation.
 
@@ -103,15 +101,18 @@ class Coordinator:
         federation: the sites.
         start: run, trunk and first weights.
         progress: told of phases: name, done, total.
+        cast: filled with what becomes of the sites, for whoever needs it also after a failure.
     """
 
-    def __init__(self, federation: Federation, start: Start, progress: Progress | None = None) -> None:
+    def __init__(
+        self, federation: Federation, start: Start, progress: Progress | None = None, cast: Cast | None = None
+    ) -> None:
         self._federation = federation
         self._start = start
         self._run = start.run
         self._fingerprint = start.run.fingerprint()
         self._progress = progress or (lambda _phase, _done, _total: None)
-        self._cast = Cast()
+        self._cast = cast if cast is not None else Cast()
         self._quorum = start.run.sites.quorum or len(start.run.sites.names)
         self._log = RoundLog(start.folder / "rounds.jsonl", self._lines_kept()) if start.folder else None
         self._entries: list[dict[str, Any]] = []
@@ -216,7 +217,20 @@ class Coordinator:
             heads = analytic.ridge_heads(pooled, mean, scale, model.ridge)
             first, edges = self._choose_head(first, heads)
         entry = {"round": 0, "seconds": 0.0, **_bytes(Traffic()), "sites": {}}
-        return RunState(0, first, {}, 0, None, None, {}, fixed, edges, entry, transfers=self._cast.transfers)
+        return RunState(
+            round=0,
+            weights=first,
+            best={},
+            best_round=0,
+            best_score=None,
+            best_examples=0,
+            threshold=None,
+            strategy={},
+            fixed=fixed,
+            edges=edges,
+            pending=entry,
+            transfers=self._cast.transfers,
+        )
 
     def _sum(self, request: Statistics) -> Sums:
         """Add up the sites' sums in the order of their names, holding as few of them as arrive out of order."""
@@ -235,6 +249,7 @@ class Coordinator:
             while expected and (expected in waiting or expected in lost):
                 if expected in waiting:
                     part = waiting.pop(expected)
+                    self._cast.status[expected] = "contributed"
                     total = part if total is None else total + part
                 expected = next(order, "")
         require_quorum(len(self._cast.support), self._quorum, len(self._run.sites.names), "statistics")
@@ -350,11 +365,16 @@ class Coordinator:
         entry = {**current.pending, "validation": measured.summary(labels), "sites": sites}
         self._write(entry)
         state = replace(current, edges=next_edges(measured), lines=current.lines + 1, pending={})
-        score = score_for_choice(measured, labels)
-        if current.best and (score is None or (current.best_score is not None and score <= current.best_score)):
-            return state if score is not None else replace(state, best=current.weights, best_round=current.round)
-        threshold = metrics.youden(measured.pooled, measured.edges)
-        return replace(state, best=current.weights, best_round=current.round, best_score=score, threshold=threshold)
+        if not _competes(current, measured, labels):
+            return state
+        return replace(
+            state,
+            best=current.weights,
+            best_round=current.round,
+            best_score=score_for_choice(measured, labels),
+            best_examples=measured.pooled.examples,
+            threshold=metrics.youden(measured.pooled, measured.edges),
+        )
 
     def _examples(self, site: str) -> int:
         return int(self._cast.support[site][TRAIN].sum())
@@ -410,10 +430,7 @@ class Coordinator:
 
     def _outcome(self, current: RunState, test: Measured, spent: Mapping[str, float]) -> Outcome:
         rounds = self._log.read() if self._log else self._entries
-        contributed = dict.fromkeys(self._run.sites.names, 0)
-        for entry in rounds[1:]:
-            for site, facts in entry["sites"].items():
-                contributed[site] += facts["status"] == "contributed"
+        contributed = contributed_rounds(rounds, self._run.sites.names)
         expected = len(self._run.sites.names)
         complete = all(count == self._last_round for count in contributed.values()) and len(test.sites) == expected
         return Outcome(
@@ -423,13 +440,20 @@ class Coordinator:
             rounds=rounds,
             test=test,
             threshold=current.threshold,
-            support=self._cast.support,
-            status=self._cast.status,
+            cast=self._cast,
             contributed=contributed,
-            transfers=self._cast.transfers,
             complete=complete,
             seconds=spent,
         )
+
+
+def contributed_rounds(rounds: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, int]:
+    """Return in how many finished rounds each site's update was used."""
+    found = dict.fromkeys(names, 0)
+    for entry in rounds[1:]:
+        for site, facts in entry["sites"].items():
+            found[site] += facts["status"] == "contributed"
+    return found
 
 
 @dataclass(frozen=True)
@@ -466,6 +490,18 @@ class _Tally:
     def status(self, site: str) -> str:
         facts = self.sites[site]
         return str(facts["status"]) + (f"({facts['reason']})" if "reason" in facts else "")
+
+
+def _competes(current: RunState, measured: Measured, labels: tuple[str, ...]) -> bool:
+    """Return whether the weights just judged are the best so far.
+
+    Rounds compete by their score on the same examples: a round that misses a site's validation split was asked an
+    easier or a harder question, so the round judged on more examples wins. Without validation the last round wins.
+    """
+    score = score_for_choice(measured, labels)
+    if score is None or current.best_score is None:
+        return score is not None or current.best_score is None
+    return (measured.pooled.examples, score) > (current.best_examples, current.best_score)
 
 
 def _bytes(traffic: Traffic) -> dict[str, int]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from common import checkpoint, metrics
 from common.files import write_json
 from common.run_config import RunConfig
-from server.coordinator import Outcome
+from server.coordinator import Cast, Outcome, contributed_rounds
 
 SCHEMA = 1
 SPLITS = ("train", "validation", "test")
@@ -58,8 +58,8 @@ def completed(outcome: Outcome, around: Surroundings) -> dict[str, Any]:
     return {
         **_common(around),
         "status": "completed" if outcome.complete else "completed_partial",
-        "trunk": {**around.trunk.__dict__, "transfers": dict(sorted(outcome.transfers.items()))},
-        "sites": _sites(outcome, around.run),
+        "trunk": {**around.trunk.__dict__, "transfers": dict(sorted(outcome.cast.transfers.items()))},
+        "sites": _sites(outcome.cast, outcome.contributed, around.run),
         "rounds": outcome.rounds,
         "best_round": outcome.best_round,
         "test": test,
@@ -69,14 +69,14 @@ def completed(outcome: Outcome, around: Surroundings) -> dict[str, Any]:
     }
 
 
-def failed(error: str, around: Surroundings, rounds: list[dict[str, Any]], total: float) -> dict[str, Any]:
+def failed(error: str, around: Surroundings, cast: Cast, rounds: list[dict[str, Any]], total: float) -> dict[str, Any]:
     """Return the result of a run that stopped early; what was reached is kept."""
     return {
         **_common(around),
         "status": "failed",
         "error": error,
-        "trunk": {**around.trunk.__dict__, "transfers": {}},
-        "sites": {},
+        "trunk": {**around.trunk.__dict__, "transfers": dict(sorted(cast.transfers.items()))},
+        "sites": _sites(cast, contributed_rounds(rounds, around.run.sites.names), around.run),
         "rounds": rounds,
         "best_round": None,
         "test": None,
@@ -105,16 +105,16 @@ def _common(around: Surroundings) -> dict[str, Any]:
     }
 
 
-def _sites(outcome: Outcome, run: RunConfig) -> dict[str, Any]:
+def _sites(cast: Cast, contributed: Mapping[str, int], run: RunConfig) -> dict[str, Any]:
     nothing = np.zeros((len(SPLITS), len(run.task.labels)), np.int64)
     found: dict[str, Any] = {}
     for site in run.sites.names:
-        support = outcome.support.get(site, nothing)
+        support = cast.support.get(site, nothing)
         found[site] = {
             "examples": {split: int(row.sum()) for split, row in zip(SPLITS, support, strict=True)},
             "labels": {label: int(count) for label, count in zip(run.task.labels, support.sum(0), strict=True)},
-            "rounds": outcome.contributed[site],
-            "status": outcome.status.get(site, "lost(absent)"),
+            "rounds": contributed[site],
+            "status": cast.status.get(site, "lost(absent)"),
         }
     return found
 

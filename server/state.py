@@ -34,6 +34,7 @@ class RunState:
     best: Mapping[str, NDArray[np.float32]]  # weights of the best round so far; empty before the first look
     best_round: int
     best_score: float | None
+    best_examples: int  # validation examples behind that score
     threshold: float | None  # operating point of the best round, in score space
     strategy: Mapping[str, NDArray[Any]]
     fixed: Mapping[str, NDArray[Any]]  # mean, scale, class_weights: settled before round 1

@@ -25,7 +25,7 @@ from common.run_config import RunConfig, Simulation
 from common.weights import Weights
 from server import report, result
 from server.app import make_app as make_server_app
-from server.coordinator import Coordinator, Outcome, Start
+from server.coordinator import Cast, Coordinator, Outcome, Start
 from server.federation import Federation
 from server.result import Surroundings, TrunkFacts
 from simulations import baselines, datasets, hospitals, partition
@@ -75,11 +75,12 @@ def simulate(job: Job, progress: Progress) -> tuple[Path, dict[str, Any]]:
     start = Start(scene.run, scene.trunk, model.trainable_values(scene.built.upper), folder)
     around = _surroundings(scene)
     workshop.lend(scene.run.fingerprint(), scene.built)
+    cast = Cast()
     try:
-        outcome = federate(start, scene, workshop, job, progress)
+        outcome = federate(start, scene, workshop, job, cast, progress)
     except ConsiliumError as error:
         rounds = result.read_rounds(folder)
-        _finish(folder, result.failed(str(error), around(None, seconds), rounds, time.monotonic() - begin))
+        _finish(folder, result.failed(str(error), around(None, seconds), cast, rounds, time.monotonic() - begin))
         raise
     seconds["rounds"] = outcome.seconds["rounds"]
     compared, seconds["baselines"] = _compare(scene, start, workshop, folder, progress)
@@ -173,8 +174,8 @@ def _fill(scene: Scene, cache: Path, progress: Progress) -> float:
     return time.monotonic() - begin
 
 
-def federate(start: Start, scene: Scene, workshop: Workshop, job: Job, progress: Progress) -> Outcome:
-    """Run the two apps, in this process or on Ray.
+def federate(start: Start, scene: Scene, workshop: Workshop, job: Job, cast: Cast, progress: Progress) -> Outcome:
+    """Run the two apps, in this process or on Ray; `cast` tells of the sites, also if the run fails.
 
     Raises:
         ConsiliumError: the run failed.
@@ -185,7 +186,7 @@ def federate(start: Start, scene: Scene, workshop: Workshop, job: Job, progress:
     def coordinate(grid: Any) -> None:
         try:
             federation = Federation(grid, scene.run.sites.deadline_s)
-            outcomes.append(Coordinator(federation, start, progress).execute())
+            outcomes.append(Coordinator(federation, start, progress, cast).execute())
         except ConsiliumError as error:
             errors.append(error)
 
