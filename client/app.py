@@ -41,12 +41,18 @@ def make_app(open_site: OpenSite) -> ClientApp:
 def _answer(message: Message, open_site: OpenSite, node: Mapping[str, Any]) -> RecordDict:
     """Return the records of the reply, or of a refusal."""
     try:
-        request = from_record(message.content, REQUEST_OF[message.metadata.message_type])
+        request = _read(message)
         return to_record(open_site(node)(request))
     except SiteRefusal as error:
         return refusal(error.code)
-    except (MalformedMessage, KeyError):
-        return refusal("malformed")
     except Exception:  # noqa: BLE001  its text may hold a path or a patient's name: it stays in the site's own log
         _log.exception("a request failed")
         return refusal("internal")
+
+
+def _read(message: Message) -> Request:
+    try:
+        request: Request = from_record(message.content, REQUEST_OF[message.metadata.message_type])
+    except (MalformedMessage, SiteRefusal):  # a refusal is no request
+        raise SiteRefusal("malformed") from None
+    return request

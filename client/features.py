@@ -145,8 +145,10 @@ class Features:
     def of(store: RowStore, places: NDArray[np.int64], device: torch.device) -> Features:
         """Return features, resident if they fit."""
         small = places.size * store.row.itemsize <= RESIDENT_BYTES
-        rows = torch.from_numpy(store.take(places.reshape(-1)).reshape(*places.shape, -1)).to(device) if small else None
-        return Features(rows, store, places, device)
+        if not small:
+            return Features(None, store, places, device)
+        rows = store.take(places.reshape(-1)).reshape(*places.shape, *store.row.shape)
+        return Features(torch.from_numpy(rows).to(device), store, places, device)
 
     @property
     def views(self) -> int:

@@ -50,17 +50,19 @@ class Memory:
 
     def trunk_content(self) -> bytes | None:
         """Return the content of the trunk that is held, if it is whole."""
+        return self._whole(self.trunk())
+
+    def _whole(self, sha256: str) -> bytes | None:
         try:
-            content = (self.trunks / f"{self.trunk()}.safetensors").read_bytes()
+            content = (self.trunks / f"{sha256}.safetensors").read_bytes()
         except OSError:
             return None
-        return content if checkpoint.sha256(content) == self.trunk() else None
+        return content if checkpoint.sha256(content) == sha256 else None
 
     def remember_trunk(self, sha256: str, content: bytes) -> None:
-        """Keep a trunk that was verified."""
-        path = self.trunks / f"{sha256}.safetensors"
-        if not path.is_file():
-            write_atomic(path, content)
+        """Keep a trunk that was verified; one that is there already stays, unless it is damaged."""
+        if self._whole(sha256) is None:
+            write_atomic(self.trunks / f"{sha256}.safetensors", content)
         write_atomic(self.folder / "trunk.sha256", sha256.encode())
 
     def frozen(self) -> Frozen | None:

@@ -18,7 +18,7 @@ from client.features import Features, Progress
 from client.memory import Frozen, Memory
 from client.workshop import Bench, Workshop, threads, trunk_matches
 from common import analytic, codec, model, parameters
-from common.errors import ConfigError, SiteRefusal
+from common.errors import CacheError, ConfigError, SiteRefusal
 from common.messages import (
     Describe,
     Description,
@@ -80,9 +80,7 @@ class Site:
             case Statistics():
                 return self._statistics(self._known(request.fingerprint), request)
             case Freeze():
-                self._known(request.fingerprint)
-                self._frozen = self._memory.remember_frozen(request)
-                return Done()
+                return self._freeze(self._known(request.fingerprint), request)
             case Train():
                 return self._train(self._known(request.fingerprint), request)
             case Evaluate():
@@ -107,7 +105,8 @@ class Site:
             self._frozen, self._cached = None, None
         self._run, self._fingerprint = run, run.fingerprint()
         support = np.stack([self.cohort.support(split) for split in SPLITS])
-        return Description(self.name, support, self._memory.trunk())
+        held = self._memory.trunk() if self._memory.trunk_content() is not None else ""
+        return Description(self.name, support, held)
 
     def _install(self, run: RunConfig, request: InstallTrunk) -> Done:
         content = request.content.tobytes()
@@ -133,11 +132,19 @@ class Site:
 
     def _features(self, run: RunConfig) -> Features:
         if self._cached is None:
-            self._cached = self._bench(run).extractor.features(self.cohort, run.data.views or 1)
+            extractor = self._bench(run).extractor
+            try:
+                self._cached = extractor.features(self.cohort, run.data.views or 1)
+            except CacheError:
+                raise SiteRefusal("not_prepared") from None
         return self._cached
 
     def _statistics(self, run: RunConfig, request: Statistics) -> Summed:
+        if request.class_weights.shape != (len(run.task.labels),):
+            raise SiteRefusal("malformed")
         bench, features = self._bench(run), self._features(run)
+        if bench.upper.body is not None:  # what the head reads depends on the values of the blocks above the cut
+            model.load_trainable(bench.upper, _received(run, bench, request.weights))
         indices = self.cohort.indices("train")
         with threads():
             inputs = evaluation.head_inputs(bench.upper, features, indices)
@@ -153,21 +160,27 @@ class Site:
             [np.tile(labels[start : start + size], views) for start in range(0, len(labels), size)] or [labels]
         )
 
+    def _freeze(self, run: RunConfig, request: Freeze) -> Done:
+        linear = self._bench(run).upper.head.linear
+        width, labels = (linear.in_features,), (linear.out_features,)
+        if (request.mean.shape, request.scale.shape, request.class_weights.shape) != (width, width, labels):
+            raise SiteRefusal("malformed")  # NumPy and torch would spread a single number over all inputs
+        self._frozen = self._memory.remember_frozen(request)
+        return Done()
+
     def _loaded(self, run: RunConfig, vector: NDArray[np.generic]) -> tuple[Bench, Frozen, Parameters]:
         """Put the standardiser and the weights received into the upper."""
         bench, frozen = self._bench(run), self._frozen
         if frozen is None:
             raise SiteRefusal("not_prepared")
-        shapes = codec.shapes_of(model.trainable_values(bench.upper))
-        try:
-            received = codec.decode(vector, shapes, run.wire.dtype)
-        except ValueError:
-            raise SiteRefusal("malformed") from None
+        received = _received(run, bench, vector)
         model.load_standardiser(bench.upper, *(np.array(frozen[name], np.float32) for name in ("mean", "scale")))
         model.load_trainable(bench.upper, received)
         return bench, frozen, received
 
     def _train(self, run: RunConfig, request: Train) -> Trained:
+        if not 1 <= request.round <= run.training.rounds:
+            raise SiteRefusal("malformed")
         bench, frozen, received = self._loaded(run, request.weights)
         features = self._features(run)
         with threads(None if bench.upper.body is not None else 1):
@@ -203,3 +216,12 @@ class Site:
     ) -> dict[str, NDArray[Any]]:
         indices = self.cohort.indices(split)
         return evaluation.evaluate(bench.upper, features, self.cohort.labels, indices, edges).arrays()
+
+
+def _received(run: RunConfig, bench: Bench, vector: NDArray[np.generic]) -> Parameters:
+    """Return the weights of a flat vector."""
+    shapes = codec.shapes_of(model.trainable_values(bench.upper))
+    try:
+        return codec.decode(vector, shapes, run.wire.dtype)
+    except ValueError:
+        raise SiteRefusal("malformed") from None

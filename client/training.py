@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ def learning_rate(training: Training, base: float, progress: float) -> float:
 
     Examples:
         >>> learning_rate(Training(schedule="cosine"), 1.0, 0.5)
-        0.5000000000000001
+        0.5
         >>> learning_rate(Training(schedule="constant", warmup=0.5), 1.0, 0.25)
         0.5
     """
@@ -63,8 +63,8 @@ def learning_rate(training: Training, base: float, progress: float) -> float:
 
 
 def steps_per_round(training: Training, examples: int) -> int:
-    """Return the optimiser steps of one round at a site."""
-    if training.local_steps is not None:
+    """Return the optimiser steps of one round at a site; none without examples."""
+    if training.local_steps is not None and examples:
         return training.local_steps
     return (training.local_epochs or 1) * math.ceil(examples / training.batch_size)
 
@@ -106,18 +106,20 @@ def fit(
     total = torch.zeros((), device=labels.device)
     upper.train()
     stream = _batches(indices, features.views, training.batch_size, steps, derive(seed, "train", site, round_number))
-    for step, (view, index) in enumerate(stream):
-        progress = (round_number - 1 + step / steps) / max(training.rounds, 1)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(training, base_lr(training, deep=deep), progress)
-        view, index = view.to(labels.device), index.to(labels.device)
-        with _autocast(labels.device, deep=deep):
-            loss = weighted_loss(upper(features.batch(view, index)), labels[index], class_weights)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        add_proximal_gradient(parameters, received, training.rule.parameter if training.rule.kind == "fedprox" else 0.0)
-        optimizer.step()
-        total += loss.detach()
+    mu = training.rule.parameter if training.rule.kind == "fedprox" else 0.0
+    with _dropout_stream(derive(seed, "dropout", site, round_number), labels.device):
+        for step, (view, index) in enumerate(stream):
+            progress = (round_number - 1 + step / steps) / max(training.rounds, 1)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(training, base_lr(training, deep=deep), progress)
+            view, index = view.to(labels.device), index.to(labels.device)
+            with _autocast(labels.device, deep=deep):
+                loss = weighted_loss(upper(features.batch(view, index)), labels[index], class_weights)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            add_proximal_gradient(parameters, received, mu)
+            optimizer.step()
+            total += loss.detach()
     upper.eval()
     if norm_statistics(upper) != statistics:
         raise RuntimeError("running statistics changed during training")
@@ -159,6 +161,14 @@ def _batches(
         for start in range(0, min(len(pool), left * size), size):
             yield drawn[start : start + size], order[start : start + size]
             left -= 1
+
+
+@contextmanager
+def _dropout_stream(seed: int, device: torch.device) -> Iterator[None]:
+    """Give dropout a stream of its own, for it draws from the process's generators; put those back afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _autocast(device: torch.device, *, deep: bool) -> Any:

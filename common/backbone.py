@@ -10,8 +10,10 @@ Stages are those of timm's `group_matcher(coarse=True)`, counted from the output
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -65,15 +67,21 @@ class Tracer(fx.Tracer):
 def trace(model: nn.Module) -> fx.GraphModule:
     """Return the model as a graph of its blocks, over the same modules, in eval mode.
 
+    Optional arguments (masks and the like) are settled at their defaults, or the traced code would take the branch of a
+    caller who gives them.
+
     Raises:
         ConfigError: the model's top-level code cannot be traced.
     """
     model.eval()
+    arguments = list(inspect.signature(model.forward).parameters.values())[1:]
+    settled = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
     try:
-        return fx.GraphModule(model, Tracer(_classifier_name(model)).trace(model))
-    except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
+        return fx.GraphModule(model, Tracer(_classifier_name(model)).trace(model, settled))
+    except (fx.proxy.TraceError, TypeError, RuntimeError, AttributeError, ValueError, AssertionError) as error:
         name = type(model).__name__
-        raise ConfigError(f"backbone {name}: cannot be cut ({error}); choose another timm model") from None
+        reason = _first_line(error)
+        raise ConfigError(f"backbone {name}: cannot be cut ({reason}); choose another timm model") from None
 
 
 def split(model: nn.Module, cut: str) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -189,7 +197,8 @@ class Upper(nn.Module):
 def pool(activation: Tensor) -> Tensor:
     """Average over positions: (B, C, H, W), (B, H, W, C) or (B, T, C) to (B, C); (B, C) as it is.
 
-    Channels-last maps of timm's transformers are told apart by their equal sides, for inputs are square.
+    Channels-last maps of timm's transformers are told apart by their equal sides, for inputs are square; `build`
+    refuses the one size at which all three sides of such a map are equal.
     """
     if activation.ndim == 3:
         return activation.mean(1)
@@ -225,17 +234,18 @@ def build(
     image = _placeholder(traced)
     trunk_body = None if cut == "all" else _between(traced, [image], [*carried, *below], several=True)
     upper_body = _between(traced, [node], above, several=True) if above else None
-    return _assemble(trunk_body, upper_body, carried=bool(carried), labels=labels, size=image_size, dropout=dropout)
+    head = partial(Head, labels=labels, dropout=dropout)
+    channels_last = getattr(model, "output_fmt", None) == "NHWC"
+    return _assemble(trunk_body, upper_body, bool(carried), image_size, channels_last, head)
 
 
 def _assemble(
     trunk_body: fx.GraphModule | None,
     upper_body: fx.GraphModule | None,
-    *,
     carried: bool,
-    labels: int,
     size: int,
-    dropout: float,
+    channels_last: bool,
+    head: Callable[[int], Head],
 ) -> tuple[Trunk, Upper]:
     """Find the shapes with one image of zeros and join the parts."""
     image = torch.zeros(1, 3, size, size)
@@ -243,13 +253,20 @@ def _assemble(
         with torch.inference_mode():
             outputs = trunk_body(image) if trunk_body else (image,)
             activation = tuple(outputs[0].shape[1:]) if carried else ()
-            pooled = [pool(output) for output in outputs[1 if carried else 0 :]]
-            above = [pool(output) for output in upper_body(outputs[0])] if upper_body else []
-    except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
+            below = outputs[1 if carried else 0 :]
+            taps = [*below, *(upper_body(outputs[0]) if upper_body else ())]
+            widths = [pool(tap).shape[1] for tap in taps]
+    except (TypeError, AttributeError):
+        raise ConfigError(
+            "this backbone hands on several tensors at once where it was to be cut or read; "
+            "use --features last with --trainable head or all, or choose another timm model"
+        ) from None
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(f"--image-size {size}: this backbone cannot take it ({_first_line(error)})") from None
-    layout = Layout(activation, sum(part.shape[1] for part in pooled))
-    head = Head(sum(part.shape[1] for part in [*pooled, *above]), labels, dropout)
-    return Trunk(trunk_body, layout), Upper(upper_body, layout, head)
+    if channels_last and any(tap.ndim == 4 and len(set(tap.shape[1:])) == 1 for tap in taps):
+        raise ConfigError(f"--image-size {size}: a stage of this backbone is as wide as its maps; choose another size")
+    layout = Layout(activation, sum(widths[: len(below)]))
+    return Trunk(trunk_body, layout), Upper(upper_body, layout, head(sum(widths)))
 
 
 def _first_line(error: BaseException) -> str:
@@ -274,16 +291,30 @@ def create(name: str, *, image_size: int | None, seed: int) -> nn.Module:
         from common.errors import unknown_value
 
         unknown_value("--backbone", name, _nearest_models(name, known))
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    fixed = config is not None and config.fixed_input_size and image_size is not None
-    sized: dict[str, Any] = {"img_size": image_size} if fixed else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "backbone"))
-        model = cast(nn.Module, timm.create_model(name, pretrained=False, **sized))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, "backbone"))
+            model = cast(nn.Module, timm.create_model(name, pretrained=False, **arguments(name, image_size)))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise ConfigError(f"--backbone {name}: timm cannot make it ({_first_line(error)})") from None
     classifier = cast(Any, model).get_classifier()
     if not isinstance(classifier, nn.Linear):
         raise ConfigError(f"--backbone {name}: expected a model with one linear classifier; choose another timm model")
     return model.eval()
+
+
+def arguments(name: str, image_size: int | None) -> dict[str, Any]:
+    """Return what timm's `create_model` is told beside the name.
+
+    Models made without a classifier (DINOv2, EVA) get one of a single output, so that there is one to replace.
+    """
+    import timm
+
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if config is None:
+        return {}
+    sized = {"img_size": image_size} if config.fixed_input_size and image_size is not None else {}
+    return {**sized, "num_classes": 1} if config.num_classes == 0 else sized
 
 
 def _nearest_models(name: str, known: list[str]) -> list[str]:
@@ -307,10 +338,20 @@ def input_spec(model: nn.Module, image_size: int | None = None) -> InputSpec:
 
 
 def stage_of_parameter(model: nn.Module) -> dict[str, int]:
-    """Return the stage of each parameter by name: 0 is the stem, the highest the classifier."""
+    """Return the stage of each parameter by name: 0 is the stem, the highest the classifier.
+
+    Raises:
+        ConfigError: timm names no stages for this model.
+    """
     from timm.models import group_parameters
 
-    groups = group_parameters(model, cast(Any, model).group_matcher(coarse=True))
+    try:
+        groups = group_parameters(model, cast(Any, model).group_matcher(coarse=True))
+    except (AttributeError, AssertionError, TypeError, NotImplementedError):
+        raise ConfigError(
+            f"backbone {type(model).__name__}: timm names no stages of it; "
+            "use --features last with --trainable head or all, or choose another timm model"
+        ) from None
     return {name: stage for stage, names in groups.items() for name in names}
 
 

@@ -28,7 +28,8 @@ def to_bytes(tensors: Tensors) -> bytes:
         >>> to_bytes({"a": np.zeros(1, np.float32)}) == to_bytes({"a": np.zeros(1, np.float32)})
         True
     """
-    return bytes(save({name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}))
+    # np.ascontiguousarray would give a scalar a dimension
+    return bytes(save({name: np.asarray(value, order="C") for name, value in sorted(tensors.items())}))
 
 
 def from_bytes(content: bytes) -> dict[str, NDArray[np.generic]]:

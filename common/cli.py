@@ -30,12 +30,12 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="consilium")
 def consilium() -> None:
-    r"""Federated transfer learning across hospitals.
+    """Federated transfer learning across hospitals.
 
     \b
     Example:
       consilium simulate --dataset phantoms --sites 5 --rounds 10
-    """
+    """  # noqa: D301  click wants the backspace itself
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ their own, so that what a round exchanges can be counted apart from what its eva
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar, cast, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -33,6 +33,7 @@ _DTYPES = {
     name: np.dtype(name).newbyteorder("<") for name in ("uint8", "uint16", "float16", "float32", "float64", "int64")
 }
 _WEIGHTS = "weights"
+_FACTS = (int, float, str, bool)
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ class Statistics:
     fingerprint: str
     class_weights: NDArray[np.float64]  # (K,)
     gram: bool
+    # The trainable values before round 1, flat, at the wire precision: what the head reads depends on those of the
+    # blocks above the cut. Empty where a head alone is trained.
+    weights: NDArray[np.generic] = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,9 @@ def count_bytes(record: RecordDict) -> tuple[int, int]:
 
 def _size(value: object) -> int:
     """Return the bytes of a fact; Flower's own count fails on an empty text."""
-    return len(value) if isinstance(value, (str, bytes)) else 1 if isinstance(value, bool) else 8
+    if isinstance(value, str):
+        return len(value.encode())
+    return len(value) if isinstance(value, bytes) else 1 if isinstance(value, bool) else 8
 
 
 def _known_code(code: object) -> str:
@@ -232,11 +238,23 @@ def _check_types(values: dict[str, Any], expected: type[Any]) -> None:
     if values.keys() != hints.keys():
         raise MalformedMessage(f"{expected.__name__}: other fields than expected")
     for name, hint in hints.items():
-        wanted = hint if hint in (int, float, str, bool) else np.ndarray
-        if type(values[name]) is not wanted and not isinstance(values[name], np.ndarray):
-            raise MalformedMessage(f"{expected.__name__}.{name}: not a {wanted.__name__}")
-        if (wanted is np.ndarray) != isinstance(values[name], np.ndarray):
-            raise MalformedMessage(f"{expected.__name__}.{name}: not a {wanted.__name__}")
+        kind = hint if hint in _FACTS else _scalar(hint)
+        if not _fits(values[name], kind):
+            what = "a fact" if hint in _FACTS else "an array"
+            raise MalformedMessage(f"{expected.__name__}.{name}: not {what} of type {kind.__name__}")
+
+
+def _scalar(hint: Any) -> type[Any]:
+    """Return T of NDArray[T]."""
+    _, dtype = get_args(hint)
+    scalar: type[Any] = get_args(dtype)[0]
+    return scalar
+
+
+def _fits(value: object, kind: type[Any]) -> bool:
+    if kind in _FACTS:
+        return type(value) is kind
+    return isinstance(value, np.ndarray) and np.issubdtype(value.dtype, kind)
 
 
 def _to_array(value: NDArray[np.generic]) -> Array:
@@ -250,4 +268,7 @@ def _from_array(array: Array) -> NDArray[np.generic]:
         raise MalformedMessage("an array of unknown encoding")
     if len(array.data) != dtype.itemsize * int(np.prod(array.shape, dtype=object)):
         raise MalformedMessage("an array shorter or longer than its shape")
-    return cast(NDArray[np.generic], np.frombuffer(array.data, dtype).reshape(array.shape))
+    try:
+        return cast(NDArray[np.generic], np.frombuffer(array.data, dtype).reshape(array.shape))
+    except ValueError:  # more dimensions, or longer empty ones, than NumPy has
+        raise MalformedMessage("an array of a shape that cannot be") from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -64,12 +65,12 @@ class Strategy(BaseModel):
         Raises:
             ConfigError: an unknown kind, or a parameter that is missing, superfluous or out of range.
         """
-        kind, _, value = text.partition(":")
+        kind, colon, value = text.partition(":")
         kinds = list(get_args(StrategyKind))
         if kind not in kinds:
             unknown_value("strategy", kind, kinds)
         if kind not in _PARAMETERS:
-            if value:
+            if colon:
                 raise ConfigError(f"strategy: {kind!r} takes no parameter, got {text!r}")
             return Strategy(kind=kind)  # type: ignore[arg-type]  # checked against the literal above
         name, low, high = _PARAMETERS[kind]
@@ -131,7 +132,7 @@ class Model(_Section):
     @classmethod
     def _known_cut(cls, value: str) -> str:
         kind, _, depth = value.partition(":")
-        if value in ("head", "all") or (kind == "stages" and depth.isdecimal() and int(depth) > 0):
+        if value in ("head", "all") or (kind == "stages" and re.fullmatch("[1-9][0-9]*", depth)):
             return value
         raise ValueError(f"got {value!r}, expected head, stages:N with N at least 1, or all")
 
@@ -163,7 +164,10 @@ class Training(_Section):
     @field_validator("strategy")
     @classmethod
     def _known_strategy(cls, value: str) -> str:
-        Strategy.parse(value)
+        try:
+            Strategy.parse(value)
+        except ConfigError as error:  # pydantic adds where it stands to a ValueError alone
+            raise ValueError(str(error).removeprefix("strategy: ")) from None
         return value
 
     @model_validator(mode="after")
@@ -301,4 +305,6 @@ def _nearest(path: list[str]) -> str:
     else:
         names = list(fields)
     close = get_close_matches(path[-1], names, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else f", expected one of {', '.join(names)}"
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f", expected one of {', '.join(names)}" if names else ", expected none in this section"

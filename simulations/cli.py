@@ -95,7 +95,7 @@ _PLACES = {
 @click.option("--json", "as_json", is_flag=True, help="Print result.json on standard output, and nothing else there.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def simulate(**options: Any) -> int:
-    r"""Run a whole federation in this process, on public or drawn data.
+    """Run a whole federation in this process, on public or drawn data.
 
     \b
     Example:
@@ -103,7 +103,7 @@ def simulate(**options: Any) -> int:
 
     Ends with a table, and with result.json, report.html and model/ in the output folder.
     Exit code: 0 done, 1 failed, 2 wrong use, 3 completed in part.
-    """
+    """  # noqa: D301  click wants the backspace itself
     _quiet_dependencies()
     job = _job(options)
     from simulations import closing, runner
@@ -138,7 +138,7 @@ def _quiet_dependencies() -> None:
 def _job(options: dict[str, Any]) -> Any:
     """Return the job that the options describe."""
     from common.errors import UsageError
-    from common.run_config import build, read
+    from common.run_config import build
     from simulations.grid import Fault
     from simulations.runner import Job
 
@@ -147,7 +147,7 @@ def _job(options: dict[str, Any]) -> Any:
     given = _given(options)
     if options["resume"] and (given or options["config"]):
         return _checked_resume(options, given)
-    values = read(options["config"]) if options["config"] else {}
+    values = _file_values(options)
     plan = build(merged(values, given), "options")
     return Job(
         plan,
@@ -171,7 +171,7 @@ def _checked_resume(options: dict[str, Any], given: dict[str, Any]) -> Any:
     if not path.is_file():
         raise UsageError(f"--resume: {options['output']} holds no run (no run.toml); leave --resume out to start one")
     held = build(read(path), str(path))
-    wanted = merged(read(options["config"]) if options["config"] else {}, given)
+    wanted = merged(_file_values(options), given)
     build(wanted, "options")
     for place, value in _leaves(wanted):
         kept: Any = held.model_dump(mode="json")
@@ -182,6 +182,17 @@ def _checked_resume(options: dict[str, Any], given: dict[str, Any]) -> Any:
                 f"--resume: {'.'.join(place)} is {kept!r} in {path}, got {value!r}; a resumed run keeps its own"
             )
     return Job(held, options["output"], _cache(options), True, tuple(Fault.parse(text) for text in options["faults"]))
+
+
+def _file_values(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of --config, checked by itself, so that an error names the file."""
+    from common.run_config import build, read
+
+    if options["config"] is None:
+        return {}
+    values = read(options["config"])
+    build(values, str(options["config"]))
+    return values
 
 
 def _same_default(place: tuple[str, ...], kept: Any, value: Any) -> bool:

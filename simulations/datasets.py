@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from client.cohort import Cohort, PixelSource
 from client.folder import Progress, read_folder
 from client.preprocessing import ColourPolicy, Preset, preprocess_array, preprocessing_id
-from common.errors import ConsiliumError, DataError, unknown_value
+from common.errors import ConfigError, ConsiliumError, DataError, unknown_value
 from simulations import phantoms
 from simulations.splits import assign
 
@@ -148,6 +148,8 @@ def load(
     elif path.is_file():
         pool = _npz_pool(path, shown, None)
     else:
+        if path.suffix == ".npz" or len(path.parts) > 1:
+            raise ConfigError(f"--dataset {dataset}: no such file or folder")
         names = [name for name, info in catalogue.items() if not _unsupported(info)]
         unknown_value("--dataset", dataset, ["phantoms", *names, "a .npz file that exists", "a folder that exists"])
     return _dataset(_short_name(dataset), pool, preprocessing_id(preset, image_size), seed)

@@ -169,7 +169,7 @@ class InProcessGrid(Grid):
         return reply
 
     def _faults_of(self, message: Message, site: str) -> dict[str, Fault]:
-        if message.metadata.message_type != "train":
+        if not self._faults or message.metadata.message_type != "train":
             return {}
         number = message.content.config_records["facts"]["round"]
         last = site == list(self._sites.values())[-1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -65,7 +66,7 @@ class WholeModel(nn.Module):
         super().__init__()
         self.trunk = built.trunk
         self.upper = built.upper
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K)."""
@@ -81,7 +82,7 @@ def fit(model: WholeModel, images: Images, recipe: Recipe, steps: int | None = N
     model.train()
     train = images.splits["train"]
     losses = []
-    for index in train[torch.randperm(len(train))].split(recipe.batch_size)[:steps]:
+    for index in torch.split(train[torch.randperm(len(train))], recipe.batch_size)[:steps]:
         loss = functional.cross_entropy(model(images.batch(index, recipe.spec)), images.labels[index])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -97,9 +98,9 @@ def accuracy(model: WholeModel, images: Images, recipe: Recipe) -> float:
     validation = images.splits["validation"]
     hits = [
         (model(images.batch(index, recipe.spec)).argmax(1) == images.labels[index]).sum().item()
-        for index in validation.split(recipe.batch_size)
+        for index in torch.split(validation, recipe.batch_size)
     ]
-    return sum(hits) / max(len(validation), 1)
+    return float(sum(hits)) / max(len(validation), 1)
 
 
 def make_app(model: WholeModel, sites: Sequence[Images], recipe: Recipe) -> ClientApp:
@@ -109,7 +110,7 @@ def make_app(model: WholeModel, sites: Sequence[Images], recipe: Recipe) -> Clie
     @app.train()
     def train(message: Message, context: Context) -> Message:
         images = sites[int(context.node_config["partition-id"])]
-        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
         loss = fit(model, images, recipe)
         metrics = MetricRecord({"train_loss": loss, "num-examples": len(images.splits["train"])})
         content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
@@ -118,7 +119,7 @@ def make_app(model: WholeModel, sites: Sequence[Images], recipe: Recipe) -> Clie
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         images = sites[int(context.node_config["partition-id"])]
-        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
         found = accuracy(model, images, recipe)
         metrics = MetricRecord({"accuracy": found, "num-examples": len(images.splits["validation"])})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
@@ -155,7 +156,7 @@ def run(built: Built, cohorts: Sequence[Cohort], recipe: Recipe, rounds: int) ->
         # Flower calls `evaluate_fn` before the first round and after each: a clock that belongs to its own loop.
         result = strategy.start(grid, initial, num_rounds=rounds, evaluate_fn=lambda _round, _arrays: _mark(marks))
     losses = tuple(float(str(result.train_metrics_clientapp[n]["train_loss"])) for n in range(1, rounds + 1))
-    seconds = tuple(after - before for before, after in zip(marks, marks[1:], strict=False))
+    seconds = tuple(after - before for before, after in pairwise(marks))
     return Measured(seconds, sum(len(array.data) for array in initial.values()), losses)
 
 

@@ -24,6 +24,7 @@ from common.model import Built
 from common.run_config import RunConfig, Simulation
 from common.weights import Weights
 from server import report, result
+from server.aggregation import check_sites
 from server.app import make_app as make_server_app
 from server.coordinator import Cast, Coordinator, Outcome, Start
 from server.federation import Federation
@@ -113,6 +114,7 @@ def set_scene(plan: RunConfig, cache: Path, progress: Progress) -> Scene:
     )
     parts = partition.partition(dataset.cohort, dataset.sites, spec, simulation.sites, plan.seed, cache)
     names = tuple(sorted(parts))
+    check_sites(plan.training.rule, len(names))
     quorum = plan.sites.quorum or len(names)
     if quorum > len(names):
         raise ConfigError(f"--quorum {quorum}: the run has {len(names)} sites")

@@ -1,0 +1,42 @@
+# Everything runs in .venv, made from PyPI by `make install`. `make help` lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3.11
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install demo test check format bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: .venv/installed ## make .venv and install the project with its extras (about 6 GB with torch)
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[embedded,simulation,dev]'
+	touch $@
+
+demo: install ## the main job: a federation of five drawn hospitals, its report in runs/
+	$(BIN)/consilium simulate
+
+test: install ## all tests
+	$(BIN)/pytest -n 2
+
+check: install ## format, lint, types, import layers and the fast tests: before each commit
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -n 2 -m "not slow"
+
+format: install ## write the format and the lint fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install ## figures side by side with plain Flower; BENCH="--dataset FILE.npz --image-size 128" for other data
+	$(BIN)/python -P -m simulations.compare $(BENCH)
+
+clean: ## remove .venv, caches and build leftovers; runs/ stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,210 @@
+"""A small real federation: three hospitals with pictures of blobs, a real backbone with random weights, no network."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.app import make_app as make_client_app
+from client.cohort import Cohort
+from client.workshop import Workshop
+from common import checkpoint, model
+from common.model import Built
+from common.run_config import RunConfig
+from server.app import make_app as make_server_app
+from server.coordinator import Coordinator, Outcome, Start
+from server.federation import Federation
+from simulations.grid import Fault, InProcessGrid, run_in_process
+from simulations.hospitals import open_in_process
+
+SIDE = 32
+SITES = ("north", "south", "west")
+LABELS = ("dark", "bright")
+# Examples by site: (train, validation, test); labels alternate.
+SIZES = {"north": (16, 10, 10), "south": (24, 10, 10), "west": (8, 10, 10)}
+
+
+class Grids:
+    """The grids that tests look through."""
+
+    class Recording(InProcessGrid):
+        """Remembers every message that was pushed."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.sent: list[Message] = []
+
+        def push_messages(self, messages: Any) -> Any:
+            listed = list(messages)
+            self.sent.extend(listed)
+            return super().push_messages(listed)
+
+        def of_kind(self, kind: str) -> list[tuple[str, RecordDict]]:
+            """Return (site, content) of the messages of one type, in the order they were sent."""
+            return [
+                (self._sites[message.metadata.dst_node_id], message.content)
+                for message in self.sent
+                if message.metadata.message_type == kind
+            ]
+
+    class Shuffled(InProcessGrid):
+        """Lets answers arrive in another order each time."""
+
+        def __init__(self, *args: Any, order: int = 1, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._random = np.random.default_rng(order)
+
+        def pull_messages(self, message_ids: Any) -> Any:
+            wanted = list(message_ids)
+            return super().pull_messages([wanted[place] for place in self._random.permutation(len(wanted))])
+
+
+def _blobs(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Return grey images (n, 1, 32, 32) of one blob each, whose brightness tells the label, most of the time."""
+    random = np.random.default_rng(seed)
+    grid = np.arange(SIDE)
+    centres = random.uniform(10, 22, (len(labels), 2))
+    distance = (grid[:, None] - centres[:, 0, None, None]) ** 2 + (grid[None, :] - centres[:, 1, None, None]) ** 2
+    level = np.where(labels == 0, 80.0, 150.0) + random.normal(0, 45, len(labels))
+    noise = random.normal(0, 25, (len(labels), SIDE, SIDE))
+    images = 60 + level[:, None, None] * np.exp(-distance / 40) + noise
+    return images.clip(0, 255).astype(np.uint8)[:, None]
+
+
+def make_pool(sizes: Mapping[str, Sequence[int]], labels: int = 2, seed: int = 0) -> tuple[Cohort, dict[str, Any]]:
+    """Return all examples, two to a patient, and each site's rows."""
+    splits = np.concatenate([np.repeat(np.arange(3), counts) for counts in sizes.values()])
+    given = np.concatenate([np.arange(sum(counts)) % labels for counts in sizes.values()])
+    images = _blobs(given, seed)
+    digests = np.frombuffer(b"".join(hashlib.sha256(image).digest() for image in images), np.uint8).reshape(-1, 32)
+    ends = np.cumsum([sum(counts) for counts in sizes.values()])
+    parts = dict(zip(sizes, np.split(np.arange(len(images)), ends[:-1]), strict=True))
+    pool = Cohort(
+        source=lambda rows: images[rows],
+        rows=np.arange(len(images)),
+        digests=digests,
+        labels=given,
+        splits=splits.astype(np.int8),
+        patients=np.arange(len(images)) // 2,
+        label_names=tuple([*LABELS, "third", "fourth"][:labels]),
+        preprocessing="blobs",
+    )
+    return pool, parts
+
+
+@dataclass
+class Lab:
+    """Builds runs, sites and federations; models and features are made once and shared."""
+
+    cache: Path
+    scratch: Callable[[], Path]
+    pool: Cohort
+    parts: dict[str, Any]
+    grids: type[Grids] = Grids
+    _built: dict[str, tuple[Built, bytes, dict[str, Any]]] = field(default_factory=dict)
+
+    def other_cohorts(self, sizes: Mapping[str, Sequence[int]], labels: int = 2, seed: int = 1) -> dict[str, Cohort]:
+        """Return cohorts of other images than the lab's own."""
+        pool, parts = make_pool(sizes, labels, seed)
+        return {name: pool.subset(part) for name, part in parts.items()}
+
+    def cohorts(self, *names: str) -> dict[str, Cohort]:
+        """Return the cohorts of some sites, of all by default."""
+        return {name: self.pool.subset(self.parts[name]) for name in names or SITES}
+
+    def plan(self, names: Sequence[str] = SITES, **sections: Mapping[str, Any]) -> RunConfig:
+        """Return a run that is not resolved yet; values given win over a quick default."""
+        values: dict[str, dict[str, Any]] = {
+            "task": {"name": "blobs", "labels": LABELS},
+            "data": {"preset": "generic", "image_size": SIDE, "views": 1, "preprocessing": "blobs"},
+            "model": {"backbone": "test_efficientnet", "weights": "none"},
+            "training": {"rounds": 3, "local_epochs": 1, "batch_size": 8, "lr": 0.01},
+            "sites": {"names": tuple(names), "quorum": len(names), "deadline_s": 30.0},
+        }
+        for section, changes in sections.items():
+            values[section] = {**values.get(section, {}), **changes}
+        return RunConfig.model_validate(values)
+
+    def build(self, plan: RunConfig) -> tuple[Built, bytes, dict[str, Any]]:
+        """Return model, trunk content and first weights."""
+        key = repr((plan.model, plan.data.image_size, len(plan.task.labels), plan.seed))
+        if key not in self._built:
+            built = model.pretrained(plan)
+            self._built[key] = (built, model.frozen_content(built, plan), model.trainable_values(built.upper))
+        return self._built[key]
+
+    def start(self, folder: Path | None = None, names: Sequence[str] = SITES, **sections: Mapping[str, Any]) -> Start:
+        """Return what a coordinator starts with."""
+        plan = self.plan(names, **sections)
+        _, trunk, weights = self.build(plan)
+        resolved = plan.model.model_copy(update={"trunk_sha256": checkpoint.sha256(trunk)})
+        return Start(plan.model_copy(update={"model": resolved}), trunk, weights, folder)
+
+    def workshop(self, start: Start) -> Workshop:
+        """Return a workshop that need not build the run's model again."""
+        workshop = Workshop(self.cache, "cpu")
+        workshop.lend(start.run.fingerprint(), self.build(start.run)[0])
+        return workshop
+
+    def client(
+        self, start: Start, cohorts: Mapping[str, Cohort] | None = None, memory: Path | None = None
+    ) -> ClientApp:
+        """Return the app of real sites; by default they remember nothing of earlier runs."""
+        cohorts = self.cohorts() if cohorts is None else cohorts
+        return make_client_app(open_in_process(cohorts, self.workshop(start), memory or self.scratch()))
+
+    def grid(
+        self,
+        start: Start,
+        cohorts: Mapping[str, Cohort] | None = None,
+        faults: Sequence[str] = (),
+        memory: Path | None = None,
+        kind: type[InProcessGrid] = InProcessGrid,
+        **options: Any,
+    ) -> Any:
+        """Return a grid over real sites."""
+        cohorts = self.cohorts() if cohorts is None else cohorts
+        app = self.client(start, cohorts, memory)
+        return kind(app, list(cohorts), [Fault.parse(fault) for fault in faults], memory, **options)
+
+    def execute(self, start: Start, grid: Any = None, cast: Any = None) -> Outcome:
+        """Run the coordinator inside a true ServerApp."""
+        outcomes: list[Outcome] = []
+
+        def coordinate(connected: Any) -> None:
+            federation = Federation(connected, start.run.sites.deadline_s)
+            outcomes.append(Coordinator(federation, start, cast=cast).execute())
+
+        run_in_process(make_server_app(coordinate), grid if grid is not None else self.grid(start))
+        return outcomes[0]
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    torch.set_num_threads(1)
+    return Lab(
+        tmp_path_factory.mktemp("cache"),
+        lambda: tmp_path_factory.mktemp("memory"),
+        *make_pool(SIZES),
+    )
+
+
+@pytest.fixture(scope="session")
+def outcome(lab: Lab) -> Outcome:
+    """One run that went well: three sites, three rounds."""
+    return lab.execute(lab.start())
+
+
+@pytest.fixture(scope="session")
+def grid_identity() -> None:
+    """Let messages be made: a grid of the process sets what Flower's messages read."""
+    InProcessGrid(ClientApp(), [])

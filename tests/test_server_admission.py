@@ -1,0 +1,233 @@
+"""What a site sends is taken as it is or refused with a code; nothing hostile comes through."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from common import codec, metrics
+from common.messages import Evaluated, Trained
+from server.admission import REASONS, Expectation, Rejected, admit_evaluation, admit_update
+from server.evaluation import first_edges
+
+SHAPES = {"body": (2, 3), "head": (2,)}
+SIZE = 8
+WIRES = ("float32", "bfloat16", "float16")
+SUPPORT = np.array([[5, 7], [2, 4], [1, 1]])
+BINS = 6
+NAN_BITS = {"float32": np.float32(np.nan), "bfloat16": np.uint16(0x7FC1), "float16": np.float16(np.nan)}
+INFINITE = {"float32": np.float32(-np.inf), "bfloat16": np.uint16(0xFF80), "float16": np.float16(np.inf)}
+
+
+def evaluation(support=SUPPORT[1], labels=2, seed=0):
+    """Statistics of as many examples as are declared."""
+    random = np.random.default_rng(seed)
+    y = np.repeat(np.arange(labels), support)
+    edges = metrics.coarse_edges(labels, BINS)
+    return metrics.evaluate(random.normal(size=(len(y), labels)), y, edges).arrays()
+
+
+def trained(values=None, wire="float32", **changes):
+    update = np.zeros(SIZE, np.float32) if values is None else np.asarray(values, np.float32)
+    vector = codec.encode({"all": update}, wire)
+    return replace(Trained(vector, int(SUPPORT[0].sum()), 0.5, **evaluation()), **changes)
+
+
+def expectation(wire="float32", max_norm=None):
+    return Expectation(SHAPES, wire, SUPPORT, max_norm)
+
+
+def rejects(reason, reply, expected):
+    assert reason in REASONS
+    with pytest.raises(Rejected) as caught:
+        admit_update(reply, expected)
+    assert str(caught.value) == reason
+
+
+def rejects_evaluation(reply, support=SUPPORT[1], bins=BINS):
+    with pytest.raises(Rejected) as caught:
+        admit_evaluation(reply, support, bins)
+    assert str(caught.value) == "bad_statistics"
+
+
+# ---------------------------------------------------------------------------------------------------- updates
+
+
+@given(
+    arrays.arrays(np.float32, SIZE, elements=st.floats(-6e4, 6e4, width=32, allow_subnormal=True)),
+    st.sampled_from(WIRES),
+)
+def test_an_admitted_update_is_the_decoded_one(values, wire):
+    admitted = admit_update(trained(values, wire), expectation(wire))
+    decoded = codec.decode(codec.encode({"all": values}, wire), SHAPES, wire)
+    assert list(admitted) == list(SHAPES)
+    for name, shape in SHAPES.items():
+        assert admitted[name].dtype == np.float32
+        assert admitted[name].shape == shape
+        assert admitted[name].tobytes() == decoded[name].tobytes()
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("place", range(SIZE))
+@pytest.mark.parametrize("poison", [NAN_BITS, INFINITE])
+def test_one_value_that_is_not_finite_is_enough(wire, place, poison):
+    vector = np.array(trained(wire=wire).weights)
+    vector[place] = poison[wire]
+    rejects("not_finite", trained(wire=wire, weights=vector), expectation(wire))
+
+
+@given(arrays.arrays(np.uint16, SIZE))
+def test_any_bits_of_bfloat16_are_finite_or_refused(bits):
+    reply = trained(wire="bfloat16", weights=bits.astype("<u2"))
+    infinite = ((bits & 0x7F80) == 0x7F80).any()
+    if infinite:
+        rejects("not_finite", reply, expectation("bfloat16"))
+    else:
+        admitted = admit_update(reply, expectation("bfloat16"))
+        assert all(np.isfinite(value).all() for value in admitted.values())
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_not_finite_is_refused(loss):
+    rejects("not_finite", trained(train_loss=loss), expectation())
+
+
+@pytest.mark.parametrize(
+    "vector",
+    [
+        np.zeros(SIZE - 1, np.float32),
+        np.zeros(SIZE + 1, np.float32),
+        np.zeros(0, np.float32),
+        np.zeros((1, SIZE), np.float32),
+        np.zeros((2, 4), np.float32),
+        np.zeros((), np.float32),
+        np.zeros(SIZE, np.float64),
+        np.zeros(SIZE, np.float16),
+        np.zeros(SIZE, np.int64),
+        np.zeros(SIZE, np.uint16),
+    ],
+)
+def test_another_shape_or_precision_is_refused(vector):
+    rejects("wrong_shape", trained(weights=vector), expectation())
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("sent", WIRES)
+def test_the_wire_precision_is_the_one_agreed_on(wire, sent):
+    reply = trained(wire=sent)
+    if wire == sent:
+        admit_update(reply, expectation(wire))
+    else:
+        rejects("wrong_shape", reply, expectation(wire))
+
+
+def test_the_norm_is_that_of_all_arrays_together():
+    reply = trained([3, 0, 0, 0, 0, 0, 0, 4])  # 3 in the one array, 4 in the other
+    admit_update(reply, expectation(max_norm=5.0))
+    rejects("norm_too_large", reply, expectation(max_norm=4.999))
+
+
+def test_the_norm_of_the_largest_floats_does_not_overflow():
+    reply = trained(np.full(SIZE, np.finfo(np.float32).max))
+    rejects("norm_too_large", reply, expectation(max_norm=1e30))
+
+
+@given(st.integers(-(2**63), 2**63 - 1))
+@example(0)
+@example(-12)
+@example(2**62)
+@example(11)
+@example(13)
+def test_the_number_of_examples_is_the_declared_one(count):
+    assume(count != SUPPORT[0].sum())
+    rejects("examples_differ", trained(num_examples=count), expectation())
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+@given(
+    st.integers(2, 4).flatmap(
+        lambda k: st.tuples(st.just(k), st.lists(st.integers(0, 9), min_size=k, max_size=k), st.integers(0, 99))
+    )
+)
+def test_admitted_statistics_are_what_was_sent(case):
+    labels, counts, seed = case
+    support = np.array(counts)
+    sent = evaluation(support, labels, seed)
+    found = admit_evaluation(Evaluated(**sent), support, BINS)
+    for name, value in found.arrays().items():
+        assert np.array_equal(value, sent[name])
+
+
+def test_both_kinds_of_reply_carry_statistics():
+    assert admit_evaluation(trained(), SUPPORT[1], BINS) == admit_evaluation(
+        Evaluated(**evaluation()), SUPPORT[1], BINS
+    )
+
+
+@pytest.mark.parametrize("name", ["confusion", "positives", "negatives"])
+@pytest.mark.parametrize("value", [-1, 2**41, 2**62, -(2**63)])
+def test_negative_and_huge_counts_are_refused(name, value):
+    sent = evaluation()
+    sent[name] = sent[name].copy()
+    sent[name][0, 0] = value
+    rejects_evaluation(Evaluated(**sent))
+
+
+def test_counts_whose_sum_wraps_around_are_refused():
+    sent = evaluation(np.array([0, 0]))
+    sent["confusion"] = np.array([[2**62, 2**62], [2**62, 2**62]])  # 2^64 is 0 in 64 bits
+    rejects_evaluation(Evaluated(**sent), np.array([0, 0]))
+
+
+@pytest.mark.parametrize("name", ["calibration", "brier", "log_loss"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1e-9])
+def test_reals_are_finite_and_not_negative(name, value):
+    sent = evaluation()
+    sent[name] = sent[name].copy()
+    sent[name].flat[-1] = value
+    rejects_evaluation(Evaluated(**sent))
+
+
+@pytest.mark.parametrize("name", metrics.FIELDS)
+def test_another_type_or_shape_is_refused(name):
+    sent = evaluation()
+    other = np.float32 if sent[name].dtype == np.float64 else np.float64
+    for value in (sent[name].astype(other), sent[name].ravel()[:-1], sent[name][None], np.zeros((0, 0), np.int64)):
+        rejects_evaluation(Evaluated(**{**sent, name: value}))
+
+
+@pytest.mark.parametrize("declared", [[2, 3], [3, 4], [4, 2], [0, 0], [6, 0]])
+def test_statistics_of_other_examples_than_declared_are_refused(declared):
+    rejects_evaluation(Evaluated(**evaluation()), np.array(declared))
+
+
+def test_statistics_of_other_labels_are_refused():
+    rejects_evaluation(Evaluated(**evaluation(np.array([2, 4, 0]), 3)), np.array([2, 4]))
+
+
+@pytest.mark.parametrize("bins", [BINS - 1, BINS + 1, 1, len(first_edges(2)[0]) + 1])
+def test_other_bins_than_asked_for_are_refused(bins):
+    rejects_evaluation(Evaluated(**evaluation()), bins=bins)
+
+
+@given(st.sampled_from(["confusion", "positives", "negatives"]), st.data())
+def test_moving_one_example_to_another_label_is_noticed(name, data):
+    """A histogram or a confusion matrix alone cannot change its totals: the others contradict it."""
+    sent = evaluation()
+    counts = sent[name].copy()
+    place = data.draw(st.integers(0, counts.size - 1))
+    counts.flat[place] += data.draw(st.integers(1, 5))
+    rejects_evaluation(Evaluated(**{**sent, name: counts}))
+
+
+def test_an_empty_split_has_empty_statistics():
+    nothing = np.array([0, 0])
+    assert admit_evaluation(Evaluated(**evaluation(nothing)), nothing, BINS).examples == 0
+    rejects_evaluation(Evaluated(**evaluation()), nothing)

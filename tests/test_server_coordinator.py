@@ -1,0 +1,518 @@
+"""One run from end to end over real sites: what is exchanged, what is chosen, and what a fault leaves standing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from client.app import make_app
+from client.workshop import Workshop
+from common import codec, model
+from common.errors import ConfigError, ConsiliumError, DataError, QuorumLost
+from common.messages import REQUEST_OF, Description, Summed, Trained, count_bytes
+from server.coordinator import HEAD_BIAS, HEAD_WEIGHT, Cast
+from simulations.grid import InProcessGrid
+from simulations.hospitals import open_in_process
+
+SITES = ("north", "south", "west")
+LABELS = ("dark", "bright")
+WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def timeless(entries):
+    """The rounds without what a clock decides."""
+    return json.dumps([{**entry, "seconds": 0} for entry in entries], sort_keys=True)
+
+
+def bits(outcome):
+    """Everything that a run ends with, but the times."""
+    arrays = [outcome.weights, outcome.fixed]
+    content = b"".join(np.asarray(value).tobytes() for group in arrays for _, value in sorted(group.items()))
+    test = [outcome.test.edges.tobytes()] + [
+        value.tobytes()
+        for name in sorted(outcome.test.sites)
+        for value in outcome.test.sites[name].arrays().values()
+    ]
+    return content, tuple(test), timeless(outcome.rounds), outcome.best_round, outcome.threshold
+
+
+def altered(app_of, change):
+    """A grid app whose sites' replies pass through `change(site, request, reply)`."""
+
+    def open_site(node):
+        handle, name = app_of(node), SITES[node["partition-id"]]
+        return lambda request: change(name, request, handle(request))
+
+    return open_site
+
+
+def hostile_grid(lab, start, change):
+    cohorts = lab.cohorts()
+    opened = open_in_process(cohorts, lab.workshop(start), lab.scratch())
+    return InProcessGrid(make_app(altered(opened, change)), list(cohorts))
+
+
+# ------------------------------------------------------------------------------------------------ a run that goes well
+
+
+def test_a_run_has_an_entry_for_the_start_and_one_for_each_round(outcome):
+    assert [entry["round"] for entry in outcome.rounds] == [0, 1, 2, 3]
+    for entry in outcome.rounds:
+        assert list(entry["sites"]) == list(SITES)
+        assert entry["validation"]["examples"] == 30
+        assert {facts["status"] for facts in entry["sites"].values()} == {"contributed"}
+        assert sum(facts["validation"]["examples"] for facts in entry["sites"].values()) == 30
+    first, *others = outcome.rounds
+    assert (first["seconds"], first["bytes_down"], first["bytes_up"]) == (0.0, 0, 0)
+    assert all(facts["train_loss"] is None for facts in first["sites"].values())
+    assert all(facts["train_loss"] > 0 for entry in others for facts in entry["sites"].values())
+    assert all(entry["seconds"] > 0 for entry in others)
+
+
+def test_the_run_is_complete_and_everybody_contributed(outcome):
+    assert outcome.complete
+    assert outcome.contributed == dict.fromkeys(SITES, 3)
+    assert outcome.cast.status == dict.fromkeys(SITES, "contributed")
+    assert outcome.cast.transfers == dict.fromkeys(SITES, 1)
+    assert {site: support.tolist() for site, support in outcome.cast.support.items()} == {
+        "north": [[8, 8], [5, 5], [5, 5]],
+        "south": [[12, 12], [5, 5], [5, 5]],
+        "west": [[4, 4], [5, 5], [5, 5]],
+    }
+
+
+def test_the_start_is_better_than_chance_and_so_is_the_end(outcome):
+    assert outcome.rounds[0]["validation"]["auc"] > 0.6
+    assert outcome.test.summary(LABELS)["auc"] > 0.6
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedprox:0.1", "fedavgm", "fedadam", "median", "krum"])
+def test_the_best_round_has_the_best_pooled_validation_auc_the_first_of_equals(lab, strategy):
+    found = lab.execute(lab.start(training={"strategy": strategy, "rounds": 4}))
+    areas = [entry["validation"]["auc"] for entry in found.rounds]
+    assert len(areas) == 5
+    assert found.best_round == int(np.argmax(areas))
+
+
+def test_the_weights_returned_are_those_of_the_best_round(lab):
+    """A run that stops at the best round has them as its last."""
+    found = lab.execute(lab.start(training={"rounds": 4, "lr": 0.05, "schedule": "constant"}))
+    for stop in range(5):
+        training = {"rounds": stop, "lr": 0.05, "schedule": "constant"}
+        shorter = lab.execute(lab.start(training=training))
+        if shorter.best_round == found.best_round:
+            assert all(np.array_equal(shorter.weights[name], found.weights[name]) for name in found.weights)
+            return
+    raise AssertionError("no shorter run had the same best round")
+
+
+def test_the_round_loss_is_the_mean_over_batches_and_falls(lab):
+    found = lab.execute(lab.start(training={"rounds": 6, "local_epochs": 3, "lr": 0.02}))
+    losses = [np.mean([facts["train_loss"] for facts in entry["sites"].values()]) for entry in found.rounds[1:]]
+    assert losses[-1] < losses[0]
+
+
+def test_two_runs_end_with_the_same_bits(lab, outcome):
+    assert bits(lab.execute(lab.start())) == bits(outcome)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_order_in_which_answers_arrive_does_not_change_a_bit(lab, outcome, order):
+    start = lab.start()
+    assert bits(lab.execute(start, lab.grid(start, kind=lab.grids.Shuffled, order=order))) == bits(outcome)
+
+
+def test_where_the_sites_are_on_the_grid_does_not_change_a_bit(lab, outcome):
+    start = lab.start()
+    cohorts = lab.cohorts("west", "north", "south")
+    assert bits(lab.execute(start, lab.grid(start, cohorts))) == bits(outcome)
+
+
+def test_another_seed_is_another_run(lab, outcome):
+    assert bits(lab.execute(lab.start(seed=1)))[0] != bits(outcome)[0]
+
+
+def test_the_sums_are_those_of_the_pooled_images(lab, outcome):
+    """The closed form of three sites is that of one site with all their images, up to the order of addition."""
+    pooled = lab.pool.subset(np.concatenate([lab.parts[name] for name in SITES]))
+    start = lab.start(names=("all",), training={"strategy": "analytic"})
+    alone = lab.execute(start, lab.grid(start, {"all": pooled}))
+    for name in ("mean", "scale", "class_weights"):
+        np.testing.assert_allclose(outcome.fixed[name], alone.fixed[name], rtol=1e-5, atol=1e-7)
+    several = lab.execute(lab.start(training={"strategy": "analytic"}))
+    np.testing.assert_allclose(several.weights[HEAD_WEIGHT], alone.weights[HEAD_WEIGHT], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(several.weights[HEAD_BIAS], alone.weights[HEAD_BIAS], rtol=1e-3, atol=1e-4)
+
+
+def test_the_head_starts_at_zero_when_asked_to(lab):
+    found = lab.execute(lab.start(training={"rounds": 0}, model={"init": "zero"}))
+    assert not found.weights[HEAD_WEIGHT].any()
+    assert found.rounds[0]["validation"]["auc"] == 0.5
+
+
+def test_analytic_stops_at_the_start(lab, outcome):
+    recording = lab.start(training={"strategy": "analytic"})
+    grid = lab.grid(recording, kind=lab.grids.Recording)
+    found = lab.execute(recording, grid)
+    assert [entry["round"] for entry in found.rounds] == [0]
+    assert found.best_round == 0
+    assert found.complete
+    assert grid.of_kind("train") == []
+    assert found.rounds[0]["validation"]["auc"] == outcome.rounds[0]["validation"]["auc"]
+
+
+def test_three_labels_are_no_special_case(lab):
+    names = (*LABELS, "third")
+    cohorts = lab.other_cohorts({"north": (18, 9, 9), "south": (18, 9, 9)}, labels=3)
+    start = lab.start(names=("north", "south"), task={"labels": names}, training={"rounds": 2})
+    found = lab.execute(start, lab.grid(start, cohorts))
+    assert found.threshold is None
+    assert found.test.summary(names)["support"] == dict.fromkeys(names, 6)
+    assert found.complete
+
+
+# ------------------------------------------------------------------------------------------------ what is exchanged
+
+
+@pytest.mark.parametrize("wire", WIRE_BYTES)
+def test_the_trunk_travels_once_to_each_site_and_rounds_carry_the_upper_alone(lab, wire):
+    start = lab.start(wire={"dtype": wire})
+    grid = lab.grid(start, kind=lab.grids.Recording)
+    found = lab.execute(start, grid)
+    trunks = grid.of_kind("query.install_trunk")
+    assert sorted(site for site, _ in trunks) == list(SITES)
+    assert all(record["arrays"]["content"].numpy is not None for _, record in trunks)
+    assert all(bytes(record["arrays"]["content"].data) == start.trunk for _, record in trunks)
+    values = sum(value.size for value in start.weights.values())
+    trains = grid.of_kind("train")
+    assert [site for site, _ in trains] == list(SITES) * 3
+    for _, record in trains:
+        weights, others = count_bytes(record)
+        assert weights == values * WIRE_BYTES[wire]
+        assert others < 5000
+    assert weights + others < len(start.trunk) / 50
+    for entry in found.rounds[1:]:
+        assert entry["bytes_down"] == entry["bytes_up"] == 3 * values * WIRE_BYTES[wire]
+        assert 0 < entry["evaluation_bytes_down"] < 15_000
+        assert 0 < entry["evaluation_bytes_up"] < 15_000
+
+
+def test_only_the_closed_list_of_messages_is_sent_and_all_carry_the_fingerprint(lab):
+    start = lab.start()
+    grid = lab.grid(start, kind=lab.grids.Recording)
+    lab.execute(start, grid)
+    assert {message.metadata.message_type for message in grid.sent} == set(REQUEST_OF)
+    for message in grid.sent:
+        if message.metadata.message_type != "query.describe":
+            assert message.content["facts"]["fingerprint"] == start.run.fingerprint()
+
+
+def test_the_test_split_is_looked_at_twice_and_only_at_the_end(lab):
+    start = lab.start()
+    grid = lab.grid(start, kind=lab.grids.Recording)
+    lab.execute(start, grid)
+    splits = [message.content["facts"]["split"] for message in grid.sent if message.metadata.message_type == "evaluate"]
+    assert splits[-6:] == ["test"] * 6
+    assert set(splits[:-6]) == {"validation"}
+    kinds = [message.metadata.message_type for message in grid.sent]
+    assert "train" not in kinds[-9:]
+
+
+@pytest.mark.parametrize("wire", WIRE_BYTES)
+def test_the_weights_kept_are_those_that_were_tested(lab, wire):
+    """What the sites tested had passed the wire."""
+    start = lab.start(wire={"dtype": wire})
+    found = lab.execute(start)
+    seen = codec.through(found.weights, wire)
+    assert all(np.array_equal(seen[name], found.weights[name]) for name in seen)
+
+
+# ------------------------------------------------------------------------------------------------- deeper cuts
+
+
+def test_statistics_of_norms_above_the_cut_are_never_touched(lab):
+    start = lab.start(names=("north", "west"), model={"trainable": "stages:1"}, training={"rounds": 1})
+    built, trunk, _ = lab.build(start.run)
+    assert list(built.upper.frozen_norms())
+    frozen = {name for name, _ in built.upper.named_buffers() if "running" in name}
+    assert frozen
+    assert not frozen & set(start.weights)
+    norms = {name for name, module in built.upper.named_modules() if module in list(built.upper.frozen_norms())}
+    assert not {name for name in start.weights if name.rsplit(".", 1)[0] in norms}
+    before = model.norm_statistics(built.upper)
+    found = lab.execute(start, lab.grid(start, lab.cohorts("north", "west")))
+    assert model.norm_statistics(built.upper) == before
+    changed = {name for name in start.weights if not np.array_equal(found.weights[name], start.weights[name])}
+    assert changed == set(start.weights) or found.best_round == 0
+
+
+def test_the_closed_form_is_that_of_the_weights_the_run_starts_with(lab):
+    """A site knows the structure of the model; the values above the cut come from the coordinator."""
+    start = lab.start(names=("north", "west"), model={"trainable": "stages:1"}, training={"strategy": "analytic"})
+    pretrained = {name: np.float32(1.5) * value for name, value in start.weights.items()}
+    outcomes = []
+    for before in (pretrained, start.weights):  # whatever the sites' model held before
+        workshop = lab.workshop(start)
+        model.load_trainable(lab.build(start.run)[0].upper, before)
+        opened = open_in_process(lab.cohorts("north", "west"), workshop, lab.scratch())
+        grid = InProcessGrid(make_app(opened), ["north", "west"])
+        outcomes.append(lab.execute(replace(start, weights=pretrained), grid))
+    assert bits(outcomes[0]) == bits(outcomes[1])
+
+
+def test_a_site_that_builds_the_model_itself_ends_with_the_same_bits(lab, outcome):
+    start = lab.start()
+    opened = open_in_process(lab.cohorts(), Workshop(lab.cache, "cpu"), lab.scratch())
+    assert bits(lab.execute(start, InProcessGrid(make_app(opened), SITES))) == bits(outcome)
+
+
+# --------------------------------------------------------------------------------------------------------- faults
+
+
+def test_one_dropped_and_one_poisoned_answer_make_the_run_partial(lab):
+    start = lab.start(sites={"names": SITES, "quorum": 2})
+    found = lab.execute(start, lab.grid(start, faults=["drop:west@1", "nan:north@2"]))
+    assert not found.complete
+    assert found.contributed == {"north": 2, "south": 3, "west": 2}
+    facts = [entry["sites"] for entry in found.rounds]
+    assert (facts[1]["west"]["status"], facts[1]["west"]["reason"]) == ("lost", "unreachable")
+    assert (facts[2]["north"]["status"], facts[2]["north"]["reason"]) == ("quarantined", "not_finite")
+    for entry, site in ((1, "west"), (2, "north")):
+        assert facts[entry][site]["examples"] == 0
+        assert facts[entry][site]["train_loss"] is None
+    assert facts[2]["west"]["status"] == "contributed"
+    assert [entry["validation"]["examples"] for entry in found.rounds] == [20, 20, 30, 30]
+    assert facts[0]["west"].get("validation") is None if "west" in facts[0] else True
+    assert all(np.isfinite(value).all() for value in found.weights.values())
+    assert found.cast.status == dict.fromkeys(SITES, "contributed")
+
+
+@pytest.mark.parametrize("wire", WIRE_BYTES)
+def test_poison_never_reaches_the_global_model_at_any_precision(lab, wire):
+    start = lab.start(sites={"quorum": 2}, wire={"dtype": wire})
+    found = lab.execute(start, lab.grid(start, faults=["nan:north@1", "nan:south@2", "nan:west@3"]))
+    assert found.contributed == dict.fromkeys(SITES, 2)
+    assert all(np.isfinite(value).all() for value in found.weights.values())
+
+
+def test_a_round_without_a_site_is_the_round_of_the_others(lab):
+    """What a dropped site would have sent changes nothing."""
+    start = lab.start(sites={"quorum": 2}, training={"rounds": 1})
+    dropped = lab.execute(start, lab.grid(start, faults=["drop:west@1"]))
+    poisoned = lab.execute(start, lab.grid(start, faults=["nan:west@1"]))
+    assert timeless([{**dropped.rounds[1], "bytes_up": 0, "evaluation_bytes_up": 0, "sites": {}}]) == timeless(
+        [{**poisoned.rounds[1], "bytes_up": 0, "evaluation_bytes_up": 0, "sites": {}}]
+    )
+
+
+def test_rounds_compete_on_equal_examples_only(lab):
+    """The start is judged without one site here, so that it cannot win against rounds judged with it."""
+    start = lab.start(sites={"quorum": 2})
+    found = lab.execute(start, lab.grid(start, faults=["drop:west@1"]))
+    examples = [entry["validation"]["examples"] for entry in found.rounds]
+    assert examples == [20, 30, 30, 30]
+    areas = [entry["validation"]["auc"] for entry in found.rounds]
+    assert found.best_round == 1 + int(np.argmax(areas[1:]))
+
+
+@pytest.mark.parametrize("fault", ["drop:south@2", "nan:south@2", "slow:south@2:30"])
+def test_a_lost_quorum_ends_the_run_and_leaves_what_was_reached(lab, tmp_path, fault):
+    start = lab.start(tmp_path, sites={"quorum": 3, "deadline_s": 0.5 if "slow" in fault else 30.0})
+    cast = Cast()
+    with pytest.raises(QuorumLost, match="round 2: 2 of 3 sites gave a usable answer, the quorum is 3; .*--resume"):
+        lab.execute(start, lab.grid(start, faults=[fault]), cast)
+    lines = (tmp_path / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [0]
+    assert cast.status["south"] in ("lost(unreachable)", "quarantined(not_finite)", "lost(deadline)")
+    assert cast.status["north"] == "contributed"
+    resumed = lab.execute(start, lab.grid(start))
+    assert resumed.complete
+
+
+def test_an_absent_site_is_recorded_and_the_run_is_partial(lab):
+    start = lab.start(sites={"quorum": 2, "deadline_s": 0.5})
+    found = lab.execute(start, lab.grid(start, lab.cohorts("north", "south")))
+    assert not found.complete
+    assert found.cast.status == {"north": "contributed", "south": "contributed", "west": "lost(absent)"}
+    assert found.contributed == {"north": 3, "south": 3, "west": 0}
+    with pytest.raises(QuorumLost, match="setup: 2 of 3"):
+        strict = lab.start(sites={"deadline_s": 0.5})
+        lab.execute(strict, lab.grid(strict, lab.cohorts("north", "south")))
+
+
+def test_an_absent_site_that_comes_back_after_a_resume_has_contributed_only_since(lab, tmp_path):
+    start = lab.start(tmp_path, sites={"quorum": 2, "deadline_s": 0.5})
+    with pytest.raises(QuorumLost):
+        lab.execute(start, lab.grid(start, lab.cohorts("north", "south"), faults=["drop:north@3", "drop:south@3"]))
+    found = lab.execute(start, lab.grid(start))
+    assert found.contributed == {"north": 3, "south": 3, "west": 1}
+    assert not found.complete
+
+
+# ------------------------------------------------------------------------------------------------- hostile sites
+
+
+def test_sums_that_are_not_finite_drop_the_site_and_say_why(lab):
+    def change(name, request, reply):
+        if name == "south" and isinstance(reply, Summed):
+            return replace(reply, total=np.full_like(reply.total, np.nan))
+        return reply
+
+    start = lab.start(sites={"quorum": 2})
+    found = lab.execute(start, hostile_grid(lab, start, change))
+    assert found.cast.status["south"] == "quarantined(bad_statistics)"
+    assert found.contributed == {"north": 3, "south": 0, "west": 3}
+    assert all(np.isfinite(value).all() for value in found.fixed.values())
+
+
+@pytest.mark.parametrize("count", [-24.0, 0.0, 12.0, 25.0, 1e300])
+def test_sums_of_another_number_of_examples_than_declared_are_refused(lab, count):
+    def change(name, request, reply):
+        if name == "south" and isinstance(reply, Summed):
+            return replace(reply, count=np.array([count]))
+        return reply
+
+    start = lab.start(sites={"quorum": 2})
+    found = lab.execute(start, hostile_grid(lab, start, change))
+    assert found.cast.status["south"] == "quarantined(bad_statistics)"
+
+
+@pytest.mark.parametrize(
+    "support",
+    [
+        np.array([[0, 0], [5, 5], [5, 5]]),  # nothing to train on
+        np.array([[-1, 25], [5, 5], [5, 5]]),
+        np.array([[12, 12], [5, 5]]),
+        np.array([[12, 12, 0], [5, 5, 0], [5, 5, 0]]),
+        np.full((3, 2), 2**62),  # two such sites overflow
+    ],
+)
+def test_a_description_that_cannot_be_is_not_believed_and_that_is_said(lab, support):
+    def change(name, request, reply):
+        if name == "south" and isinstance(reply, Description):
+            return replace(reply, support=support)
+        return reply
+
+    start = lab.start(sites={"quorum": 2})
+    found = lab.execute(start, hostile_grid(lab, start, change))
+    assert found.cast.status["south"] == "quarantined(bad_statistics)"
+    assert found.contributed == {"north": 3, "south": 0, "west": 3}
+    assert found.cast.transfers == {"north": 1, "west": 1}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("num_examples", 10**12, "examples_differ"),
+        ("train_loss", float("nan"), "not_finite"),
+        ("brier", np.array([1e9]), "bad_statistics"),
+        ("weights", np.zeros(3, np.float32), "wrong_shape"),
+    ],
+)
+def test_a_reply_that_is_not_admitted_costs_the_site_its_round(lab, field, value, reason):
+    def change(name, request, reply):
+        if name == "south" and isinstance(reply, Trained) and request.round == 2:
+            return replace(reply, **{field: value})
+        return reply
+
+    start = lab.start(sites={"quorum": 2})
+    found = lab.execute(start, hostile_grid(lab, start, change))
+    assert found.contributed == {"north": 3, "south": 2, "west": 3}
+    assert found.rounds[2]["sites"]["south"]["reason"] == reason
+    assert not found.complete
+
+
+def test_a_norm_limit_is_kept(lab):
+    def change(name, request, reply):
+        if name == "south" and isinstance(reply, Trained):
+            return replace(reply, weights=np.full_like(reply.weights, 1e6))
+        return reply
+
+    start = lab.start(sites={"quorum": 2, "max_norm": 100.0})
+    found = lab.execute(start, hostile_grid(lab, start, change))
+    assert {entry["sites"]["south"]["reason"] for entry in found.rounds[1:]} == {"norm_too_large"}
+    assert max(np.abs(value).max() for value in found.weights.values()) < 100
+
+
+# ------------------------------------------------------------------------------------------------- poor data
+
+
+def test_a_label_that_nobody_has_for_training_is_an_error(lab):
+    cohorts = lab.other_cohorts({"north": (16, 8, 8), "south": (16, 8, 8)})
+    bright = {
+        name: cohort.subset(np.flatnonzero((cohort.labels == 1) | (cohort.splits != 0)))
+        for name, cohort in cohorts.items()
+    }
+    start = lab.start(names=("north", "south"))
+    with pytest.raises(DataError, match="label 'dark' has no training example at any site: leave it out"):
+        lab.execute(start, lab.grid(start, bright))
+    lenient = lab.execute(replace(start, every_label=False), lab.grid(start, bright))
+    assert lenient.complete
+
+
+def test_sites_with_a_single_label_each_learn_together(lab):
+    cohorts = lab.other_cohorts({"north": (16, 8, 8), "south": (16, 8, 8)})
+    split = {
+        name: cohort.subset(np.flatnonzero(cohort.labels == label))
+        for label, (name, cohort) in enumerate(cohorts.items())
+    }
+    start = lab.start(names=("north", "south"))
+    found = lab.execute(start, lab.grid(start, split))
+    assert found.complete
+    last = found.rounds[-1]
+    assert last["validation"]["auc"] is not None
+    assert [last["sites"][name]["validation"]["auc"] for name in ("north", "south")] == [None, None]
+
+
+@pytest.mark.parametrize("missing", ["validation", "test"])
+def test_a_site_without_validation_or_test_examples_takes_part(lab, missing):
+    sizes = {"north": (16, 8, 8), "south": (16, 0, 8) if missing == "validation" else (16, 8, 0)}
+    start = lab.start(names=("north", "south"))
+    found = lab.execute(start, lab.grid(start, lab.other_cohorts(sizes)))
+    assert found.complete
+    assert found.contributed == {"north": 3, "south": 3}
+    if missing == "validation":
+        assert found.rounds[1]["sites"]["south"]["validation"]["examples"] == 0
+        assert found.rounds[1]["sites"]["south"]["validation"]["accuracy"] is None
+    else:
+        assert found.test.site_summaries(LABELS, found.threshold)["south"]["auc"] is None
+
+
+def test_without_any_validation_the_last_round_is_taken(lab):
+    start = lab.start(names=("north", "south"))
+    found = lab.execute(start, lab.grid(start, lab.other_cohorts({"north": (16, 0, 8), "south": (16, 0, 8)})))
+    assert found.best_round == 3
+    assert found.threshold is None
+    assert found.complete
+
+
+def test_without_any_test_examples_the_figures_are_undefined(lab):
+    start = lab.start(names=("north", "south"))
+    found = lab.execute(start, lab.grid(start, lab.other_cohorts({"north": (16, 8, 0), "south": (16, 8, 0)})))
+    summary = found.test.summary(LABELS, found.threshold)
+    assert summary["examples"] == 0
+    assert summary["auc"] is None
+
+
+def test_krum_with_two_sites_is_refused(lab):
+    start = lab.start(names=("north", "south"), training={"strategy": "krum"})
+    with pytest.raises(ConfigError, match="krum"):
+        lab.execute(start, lab.grid(start, lab.cohorts("north", "south")))
+
+
+def test_a_site_with_other_labels_or_preprocessing_stays_out(lab):
+    cohorts = lab.cohorts()
+    cohorts["south"] = replace(cohorts["south"], label_names=("bright", "dark"))
+    cohorts["west"] = replace(cohorts["west"], preprocessing="other")
+    start = lab.start(sites={"quorum": 1})
+    found = lab.execute(start, lab.grid(start, cohorts))
+    assert found.contributed == {"north": 3, "south": 0, "west": 0}
+    assert not found.complete
+
+
+def test_a_failing_progress_report_is_nobody_elses_business(lab):
+    """Whatever the coordinator raises is one of the project's own errors or comes from the caller."""
+    assert issubclass(QuorumLost, ConsiliumError)
