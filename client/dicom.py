@@ -25,7 +25,7 @@ from pydicom.filereader import read_file_meta_info
 from pydicom.pixels import apply_color_lut, get_decoder, pixel_array
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000TransferSyntaxes, JPEGExtended12Bit
 
-from client.decoding import MAX_BYTES, MAX_VALUE, Decoded, Unreadable, checked, without_colour
+from client.image import MAX_BYTES, MAX_VALUE, Decoded, Unreadable, checked, without_colour
 
 logging.getLogger("pydicom").disabled = True  # its messages quote header values and paths
 

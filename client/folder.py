@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.cohort import PixelSource
-from client.decoding import Kind, Unreadable, decode
+from client.decoding import decode
+from client.image import Kind, Unreadable
 from client.listing import Entry, Listing, list_folder
 from client.preprocessing import Preset, kind_shown, preprocess, preprocessing_id
 from client.rowstore import RowStore
@@ -45,7 +46,7 @@ class FolderIndex:
     splits: tuple[str, ...] | None  # N, of cohort.SPLITS
     kind: Kind
     preprocessing: str
-    quarantine: Mapping[str, int]  # decoding.CODES -> files
+    quarantine: Mapping[str, int]  # image.CODES -> files
     ignored: Mapping[str, int]  # listing.IGNORED -> files
 
     def __len__(self) -> int:

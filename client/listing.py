@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from client.decoding import Unreadable
+from client.image import Unreadable
 from common.errors import DataError
 
 MANIFEST = "manifest.csv"
@@ -47,7 +47,7 @@ class Listing:
     """The examples of a folder in their order, and how many files are none."""
 
     entries: tuple[Entry, ...]
-    quarantine: Mapping[str, int]  # decoding.CODES -> files
+    quarantine: Mapping[str, int]  # image.CODES -> files
     ignored: Mapping[str, int]  # IGNORED -> files
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from client.decoding import Decoded, Kind, luma
+from client.image import Decoded, Kind, luma
 from common.errors import DataError
 
 VERSION = 1

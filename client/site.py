@@ -143,7 +143,7 @@ class Site:
         if request.class_weights.shape != (len(run.task.labels),):
             raise SiteRefusal("malformed")
         bench, features = self._bench(run), self._features(run)
-        if bench.upper.body is not None:  # what the head reads depends on the values of the blocks above the cut
+        if not parameters.head_alone(bench.upper.trainable()):  # what the head reads depends on the blocks below it
             model.load_trainable(bench.upper, _received(run, bench, request.weights))
         indices = self.cohort.indices("train")
         with threads():

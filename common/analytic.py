@@ -26,6 +26,9 @@ LOGIT_SCALE = 4.0
 DEVIATION_FLOOR = 0.01
 """Added to each deviation, as a share of their root mean square, so that a constant input is not blown up."""
 
+ROUNDING = 1e-12
+"""A variance below this share of the mean square is what rounding leaves of a constant input, and counts as zero."""
+
 Vector = NDArray[np.float64]
 
 
@@ -86,7 +89,9 @@ def balanced_weights(support: NDArray[np.int64]) -> Vector:
 def standardiser(pooled: Sums) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return mean (W,) and scale (W,), the inverse of the floored deviation, of the pooled inputs."""
     mean = pooled.total / pooled.count
-    deviation = np.sqrt(np.maximum(pooled.squares / pooled.count - mean**2, 0.0))
+    square = pooled.squares / pooled.count
+    variance = square - mean**2
+    deviation = np.sqrt(np.where(variance > ROUNDING * square, variance, 0.0))
     floor = DEVIATION_FLOOR * float(np.sqrt(np.mean(deviation**2))) or 1.0
     return mean.astype(np.float32), (1.0 / (deviation + floor)).astype(np.float32)
 

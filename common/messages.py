@@ -181,12 +181,12 @@ def to_record(message: Request | Reply) -> RecordDict:
     arrays: dict[str, Array] = {}
     weights: dict[str, Array] = {}
     facts: dict[str, Any] = {}
-    for field in fields(message):
-        value = getattr(message, field.name)
+    for name in (entry.name for entry in fields(message)):
+        value = getattr(message, name)
         if isinstance(value, np.ndarray):
-            (weights if field.name == _WEIGHTS else arrays)[field.name] = _to_array(value)
+            (weights if name == _WEIGHTS else arrays)[name] = _to_array(value)
         else:
-            facts[field.name] = value
+            facts[name] = value
     return RecordDict({"weights": ArrayRecord(weights), "arrays": ArrayRecord(arrays), "facts": ConfigRecord(facts)})
 
 

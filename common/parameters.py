@@ -6,7 +6,7 @@ Everything here is a value: no function changes its arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,3 +42,13 @@ def norm(update: Parameters) -> float:
 def count(parameters: Parameters) -> int:
     """Return the number of values."""
     return sum(value.size for value in parameters.values())
+
+
+def head_alone(names: Iterable[str]) -> bool:
+    """Return whether parameters of these names are those of a head, with nothing trained below it.
+
+    Examples:
+        >>> head_alone(["head.linear.weight", "head.linear.bias"]), head_alone(["body.block.weight"])
+        (True, False)
+    """
+    return all(name.startswith("head.") for name in names)

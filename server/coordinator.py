@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common import analytic, codec, metrics
+from common import analytic, codec, metrics, parameters
 from common.analytic import Sums
 from common.errors import DataError
 from common.messages import (
@@ -237,7 +237,7 @@ class Coordinator:
 
     def _body(self) -> NDArray[np.generic]:
         """Return the first weights for sites that need them to compute what the head reads; none for a head alone."""
-        head_alone = self._start.weights.keys() == {HEAD_WEIGHT, HEAD_BIAS}
+        head_alone = parameters.head_alone(self._start.weights)
         return codec.encode({} if head_alone else self._start.weights, self._run.wire.dtype)
 
     def _sum(self, request: Statistics) -> Sums:

@@ -147,7 +147,7 @@ class Run:
         task = (result.get("config") or {}).get("task") or {}
         return cls(
             result=result,
-            status=str(result.get("status")),
+            status=result.get("status") or "unknown",
             labels=tuple(task.get("labels") or ()),
             sites=tuple(sorted(result.get("sites") or {}, key=natural)),
             rounds=tuple(map(Round.of, result.get("rounds") or ())),

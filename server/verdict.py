@@ -135,25 +135,22 @@ def choice(run: Run) -> str:
     """Say which round was chosen, and what round 0 is."""
     if run.best is None:
         return ""
+    start = "a head solved in closed form from sums that the sites sent" if run.closed_form else "a head of zeros"
     if run.best.number:
-        chosen = f"Round {run.best.number} of {run.trained} was chosen on validation."
+        chosen = f"Round {run.best.number} of {run.trained} was chosen on validation. Round 0, the start, is {start}."
     elif run.trained:
-        chosen = "The start, round 0, was chosen: no round of training did better on validation."
+        chosen = f"The start, round 0, was chosen: no round of training did better on validation. It is {start}."
     else:
-        chosen = "The start, round 0, was the only candidate."
-    solved = "a head solved in closed form from sums that the sites sent"
-    start = solved if run.closed_form else "an untrained head, all zero"
+        chosen = f"The start, round 0, was the only candidate. It is {start}."
     score = run.best.validation
-    return (
-        f"{chosen} The start is {start}. The chosen model has validation AUC {fixed(score.auc)} and accuracy "
-        f"{fixed(score.get('accuracy'))} (n {grouped(score.n)})."
-    )
+    reached = f"AUC {fixed(score.auc)} and accuracy {fixed(score.get('accuracy'))} (n {grouped(score.n)})"
+    return f"{chosen} On validation the chosen model has {reached}."
 
 
 def warnings(run: Run) -> list[tuple[str, str]]:
-    """Return code and message of what to beware of: what follows from the figures, then what the run recorded."""
+    """Return code and message of what to beware of: what the run recorded, then what follows from the figures."""
     given = [(entry["code"], entry["message"]) for entry in run.result.get("warnings") or ()]
-    return [(code, text) for code, text in _small(run) if code not in dict(given)] + given
+    return given + [(code, text) for code, text in _small(run) if code not in dict(given)]
 
 
 def _small(run: Run) -> Iterator[tuple[str, str]]:

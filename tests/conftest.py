@@ -121,9 +121,9 @@ class Lab:
         """Return the cohorts of some sites, of all by default."""
         return {name: self.pool.subset(self.parts[name]) for name in names or SITES}
 
-    def plan(self, names: Sequence[str] = SITES, **sections: Mapping[str, Any]) -> RunConfig:
+    def plan(self, names: Sequence[str] = SITES, **sections: Any) -> RunConfig:
         """Return a run that is not resolved yet; values given win over a quick default."""
-        values: dict[str, dict[str, Any]] = {
+        values: dict[str, Any] = {
             "task": {"name": "blobs", "labels": LABELS},
             "data": {"preset": "generic", "image_size": SIDE, "views": 1, "preprocessing": "blobs"},
             "model": {"backbone": "test_efficientnet", "weights": "none"},
@@ -131,7 +131,7 @@ class Lab:
             "sites": {"names": tuple(names), "quorum": len(names), "deadline_s": 30.0},
         }
         for section, changes in sections.items():
-            values[section] = {**values.get(section, {}), **changes}
+            values[section] = {**values.get(section, {}), **changes} if isinstance(changes, Mapping) else changes
         return RunConfig.model_validate(values)
 
     def build(self, plan: RunConfig) -> tuple[Built, bytes, dict[str, Any]]:
@@ -142,7 +142,7 @@ class Lab:
             self._built[key] = (built, model.frozen_content(built, plan), model.trainable_values(built.upper))
         return self._built[key]
 
-    def start(self, folder: Path | None = None, names: Sequence[str] = SITES, **sections: Mapping[str, Any]) -> Start:
+    def start(self, folder: Path | None = None, names: Sequence[str] = SITES, **sections: Any) -> Start:
         """Return what a coordinator starts with."""
         plan = self.plan(names, **sections)
         _, trunk, weights = self.build(plan)

@@ -19,7 +19,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless, SecondaryCaptureImageStorage, generate_uid
 
-from client.decoding import CODES, Decoded, Unreadable, decode
+from client.decoding import decode
+from client.image import CODES, Decoded, Unreadable
 from client.preprocessing import PRESETS, preprocess, shown
 
 GENERIC, CT = PRESETS["generic"], PRESETS["ct"]

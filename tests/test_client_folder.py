@@ -14,8 +14,9 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 import client.folder
-from client.decoding import CODES, Decoded, decode
+from client.decoding import decode
 from client.folder import FolderIndex, read_folder
+from client.image import CODES, Decoded
 from client.listing import IGNORED, list_folder
 from client.preprocessing import PRESETS, preprocess, preprocessing_id
 from common.errors import CacheError, DataError

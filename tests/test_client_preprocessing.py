@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from client.decoding import Decoded
+from client.image import Decoded
 from client.preprocessing import (
     PRESETS,
     Preset,

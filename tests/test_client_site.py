@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,6 @@ from common.run_config import RunConfig
 SIZES = (127, 43, 41)  # by split: primes, so that no other shape of the run can be mistaken for a count of examples
 EDGES = metrics.coarse_edges(2, bins=32)
 EVEN = np.ones(2)
-CUTS = ("head", "stages:1")
 
 
 @dataclass
@@ -88,20 +88,57 @@ class Hospital:
         return site
 
 
+def pool() -> Cohort:
+    count = sum(SIZES)
+    images = np.random.default_rng(7).integers(0, 256, (count, 1, 32, 32), np.uint8)
+    digests = b"".join(hashlib.sha256(image).digest() for image in images)
+    return Cohort(
+        source=lambda rows: images[rows],
+        rows=np.arange(count),
+        digests=np.frombuffer(digests, np.uint8).reshape(count, 32),
+        labels=np.random.default_rng(8).integers(0, 2, count),
+        splits=np.random.default_rng(9).permutation(np.repeat(np.arange(3), SIZES)).astype(np.int8),
+        patients=np.arange(count),
+        label_names=("dark", "bright"),
+        preprocessing="noise",
+    )
+
+
+def run_of(**sections: dict[str, Any]) -> RunConfig:
+    values: dict[str, dict[str, Any]] = {
+        "task": {"name": "noise", "labels": ("dark", "bright")},
+        "data": {"preset": "generic", "image_size": 32, "views": 2, "preprocessing": "noise"},
+        "model": {"backbone": "test_efficientnet", "weights": "none"},
+        "training": {"rounds": 3, "batch_size": 16, "lr": 0.01},
+        "sites": {"names": ("north",)},
+    }
+    return RunConfig.model_validate(values | {name: values.get(name, {}) | given for name, given in sections.items()})
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features are computed once for all tests but those that look at it."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def hospital(lab: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Hospital:
-    """Of the cut that the test names, the head alone by default; its features are computed once a session."""
-    trainable, changes = getattr(request, "param", ("head", {}))
-    sections = {"data": {"views": 2}, "model": {"trainable": trainable}, **changes}
-    start = lab.start(names=("north",), **sections)
-    pool, _ = lab.make_pool({"north": SIZES}, seed=7)
+def hospital(cache: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Hospital:
+    """A hospital in the run that the test asks for: the head alone by default."""
+    plan = run_of(**getattr(request, "param", {}))
+    built = model.pretrained(plan)
+    trunk = model.frozen_content(built, plan)
+    resolved = plan.model.model_copy(update={"trunk_sha256": checkpoint.sha256(trunk)})
     random = np.random.default_rng(3)
-    weights = {name: value + random.normal(0, 0.02, value.shape) for name, value in start.weights.items()}
-    weights = {name: value.astype(np.float32) for name, value in weights.items()}
-    return Hospital(pool, start.run, start.trunk, weights, tmp_path / "memory", lab.cache)
+    weights = {
+        name: (value + random.normal(0, 0.02, value.shape)).astype(np.float32)
+        for name, value in model.trainable_values(built.upper).items()
+    }
+    run = plan.model_copy(update={"model": resolved})
+    return Hospital(pool(), run, trunk, weights, tmp_path / "memory", cache)
 
 
-both_cuts = pytest.mark.parametrize("hospital", [(cut, {}) for cut in CUTS], indirect=True, ids=CUTS)
+DEEP = {"model": {"trainable": "stages:1"}}
+both_cuts = pytest.mark.parametrize("hospital", [{}, DEEP], indirect=True, ids=["head", "stages:1"])
 
 
 def refused(site: Site, request: Request) -> str:
@@ -177,7 +214,7 @@ def test_statistics_are_the_sums_over_every_view_of_the_training_split(hospital:
 
 
 @pytest.mark.parametrize("size", [7, 127, 256])
-@pytest.mark.parametrize("hospital", [("head", {"data": {"views": 3}})], indirect=True)
+@pytest.mark.parametrize("hospital", [{"data": {"views": 3}}], indirect=True)
 def test_labels_follow_the_order_of_head_inputs(hospital: Hospital, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Sums by label find the label that each input belongs to, with several chunks and views."""
     monkeypatch.setattr(evaluation, "CHUNK", size)
@@ -204,9 +241,7 @@ def test_training_evaluates_the_weights_received_first(hospital: Hospital) -> No
 
 
 @pytest.mark.parametrize(
-    "hospital",
-    [(cut, {"wire": {"dtype": wire}}) for cut, wire in zip(CUTS, ("float32", "bfloat16"), strict=True)],
-    indirect=True,
+    "hospital", [{}, {**DEEP, "wire": {"dtype": "bfloat16"}}], indirect=True, ids=["float32", "bfloat16"]
 )
 def test_the_update_is_trained_minus_received(hospital: Hospital) -> None:
     workshop = Workshop(hospital.cache, "cpu")
@@ -244,7 +279,7 @@ def test_the_settled_standardiser_and_class_weights_are_used(hospital: Hospital)
 
 @pytest.mark.parametrize(
     "hospital",
-    [("head", {}), ("head", {"model": {"trainable": "head", "dropout": 0.3}}), ("stages:1", {})],
+    [{}, {"model": {"dropout": 0.3}}, DEEP],
     indirect=True,
     ids=["head", "dropout", "stages:1"],
 )
@@ -258,7 +293,7 @@ def test_a_restarted_site_answers_to_the_last_bit_as_before(hospital: Hospital) 
     assert described.trunk_sha256 == hospital.run.model.trunk_sha256
 
 
-@pytest.mark.parametrize("hospital", [("stages:1", {})], indirect=True)
+@pytest.mark.parametrize("hospital", [DEEP], indirect=True)
 def test_sites_that_share_a_model_do_not_disturb_each_other(hospital: Hospital) -> None:
     workshop = Workshop(hospital.cache, "cpu")
     south = replace_cohort(hospital, np.arange(len(hospital.cohort))[::2])
@@ -381,7 +416,7 @@ def test_other_labels_are_refused(hospital: Hospital) -> None:
         assert refused(hospital.site(), Describe(other.to_toml())) == "labels_differ"
 
 
-@pytest.mark.parametrize("preprocessing", ["", "others", "BLOBS"])
+@pytest.mark.parametrize("preprocessing", ["", "others", "NOISE"])
 def test_another_preprocessing_is_refused(hospital: Hospital, preprocessing: str) -> None:
     data = hospital.run.data.model_copy(update={"preprocessing": preprocessing})
     other = hospital.run.model_copy(update={"data": data})
@@ -471,9 +506,7 @@ def test_a_site_without_validation_or_test_examples_still_trains(hospital: Hospi
     assert (trained.num_examples, trained.confusion.sum()) == (SIZES[0], 0)
 
 
-@pytest.mark.parametrize(
-    "hospital", [("head", {"training": {"local_steps": 4, "local_epochs": None}}), ("head", {})], indirect=True
-)
+@pytest.mark.parametrize("hospital", [{}, {"training": {"local_steps": 4}}], indirect=True, ids=["epochs", "steps"])
 def test_a_site_without_training_examples_gives_an_update_of_nothing(hospital: Hospital) -> None:
     lean = replace_cohort(hospital, hospital.cohort.indices("test"))
     site = lean.settled(lean.site())

@@ -11,7 +11,7 @@ import pytest
 from client.app import make_app
 from client.workshop import Workshop
 from common import codec, model
-from common.errors import ConfigError, ConsiliumError, DataError, QuorumLost
+from common.errors import ConfigError, DataError, QuorumLost
 from common.messages import REQUEST_OF, Description, Summed, Trained, count_bytes
 from server.coordinator import HEAD_BIAS, HEAD_WEIGHT, Cast
 from simulations.grid import InProcessGrid
@@ -32,9 +32,7 @@ def bits(outcome):
     arrays = [outcome.weights, outcome.fixed]
     content = b"".join(np.asarray(value).tobytes() for group in arrays for _, value in sorted(group.items()))
     test = [outcome.test.edges.tobytes()] + [
-        value.tobytes()
-        for name in sorted(outcome.test.sites)
-        for value in outcome.test.sites[name].arrays().values()
+        value.tobytes() for name in sorted(outcome.test.sites) for value in outcome.test.sites[name].arrays().values()
     ]
     return content, tuple(test), timeless(outcome.rounds), outcome.best_round, outcome.threshold
 
@@ -511,8 +509,3 @@ def test_a_site_with_other_labels_or_preprocessing_stays_out(lab):
     found = lab.execute(start, lab.grid(start, cohorts))
     assert found.contributed == {"north": 3, "south": 0, "west": 0}
     assert not found.complete
-
-
-def test_a_failing_progress_report_is_nobody_elses_business(lab):
-    """Whatever the coordinator raises is one of the project's own errors or comes from the caller."""
-    assert issubclass(QuorumLost, ConsiliumError)
