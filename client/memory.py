@@ -80,6 +80,6 @@ class Memory:
 
     def _text(self, name: str) -> str | None:
         try:
-            return (self.folder / name).read_text()
-        except OSError:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
             return None

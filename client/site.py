@@ -58,8 +58,7 @@ class Site:
         self._workshop = workshop
         self._memory = memory
         self._progress = progress
-        text = memory.run()
-        self._run = RunConfig.from_toml(text) if text else None
+        self._run = _remembered(memory)
         self._fingerprint = self._run.fingerprint() if self._run else ""
         self._frozen: Frozen | None = memory.frozen()
         self._cached: Features | None = None
@@ -218,10 +217,17 @@ class Site:
         return evaluation.evaluate(bench.upper, features, self.cohort.labels, indices, edges).arrays()
 
 
+def _remembered(memory: Memory) -> RunConfig | None:
+    """Return the run that a site was in; None for one that another version wrote, which will be described again."""
+    try:
+        return RunConfig.from_toml(memory.run() or "") if memory.run() else None
+    except ConfigError:
+        return None
+
+
 def _received(run: RunConfig, bench: Bench, vector: NDArray[np.generic]) -> Parameters:
     """Return the weights of a flat vector."""
-    shapes = codec.shapes_of(model.trainable_values(bench.upper))
     try:
-        return codec.decode(vector, shapes, run.wire.dtype)
+        return codec.decode(vector, bench.shapes, run.wire.dtype)
     except ValueError:
         raise SiteRefusal("malformed") from None

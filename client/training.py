@@ -107,7 +107,9 @@ def fit(
     upper.train()
     stream = _batches(indices, features.views, training.batch_size, steps, derive(seed, "train", site, round_number))
     mu = training.rule.parameter if training.rule.kind == "fedprox" else 0.0
-    with _dropout_stream(derive(seed, "dropout", site, round_number), labels.device):
+    draws = deep or upper.head.dropout.p > 0  # a plain head draws nothing, and a stream costs as much as ten steps
+    stream_of_dropout = _dropout_stream(derive(seed, "dropout", site, round_number), labels.device)
+    with stream_of_dropout if draws else nullcontext():
         for step, (view, index) in enumerate(stream):
             progress = (round_number - 1 + step / steps) / max(training.rounds, 1)
             for group in optimizer.param_groups:

@@ -14,8 +14,9 @@ from client.cohort import Cohort
 from client.features import Extractor
 from client.preprocessing import PRESETS
 from client.views import Augmentation
-from common import checkpoint, model
+from common import checkpoint, codec, model
 from common.backbone import Upper
+from common.codec import Shapes
 from common.errors import ConfigError
 from common.model import Built
 from common.run_config import RunConfig
@@ -27,6 +28,7 @@ class Bench:
 
     extractor: Extractor
     upper: Upper
+    shapes: Shapes  # of the trainable values, in the order of the wire
 
 
 class Workshop:
@@ -40,7 +42,7 @@ class Workshop:
     def __init__(self, cache: Path, device: str) -> None:
         self.cache = cache
         self.device = device
-        self._benches: dict[tuple[str, str], Bench] = {}
+        self._benches: dict[tuple[object, ...], Bench] = {}
         self._spare: tuple[str, Built] | None = None
 
     def lend(self, fingerprint: str, built: Built) -> None:
@@ -54,7 +56,7 @@ class Workshop:
             CheckpointError: the content does not fit the run's backbone.
             CacheError: the feature cache cannot be written.
         """
-        key = (run.fingerprint(), sha256)
+        key = _what_decides_the_model(run, sha256, cohort)
         if key not in self._benches and content is not None:
             self._benches[key] = self._build(run, sha256, content, cohort)
         return self._benches.get(key)
@@ -72,8 +74,13 @@ class Workshop:
             augmentation=Augmentation.of(PRESETS[run.data.preset]),
             device=self.device,
         )
-        upper = built.upper.to(self.device)
-        return Bench(extractor, upper.to(memory_format=torch.channels_last))
+        upper = built.upper.to(self.device).to(memory_format=torch.channels_last)
+        return Bench(extractor, upper, codec.shapes_of(model.trainable_values(upper)))
+
+
+def _what_decides_the_model(run: RunConfig, sha256: str, cohort: Cohort) -> tuple[object, ...]:
+    """Return what two runs must share to share a model; the trunk's hash covers backbone, cut and input."""
+    return sha256, len(run.task.labels), run.model.dropout, run.data.preset, cohort.preprocessing
 
 
 def choose_device(wish: str) -> str:

@@ -33,13 +33,13 @@ def to_bytes(tensors: Tensors) -> bytes:
 
 
 def from_bytes(content: bytes) -> dict[str, NDArray[np.generic]]:
-    """Return the tensors of a safetensors encoding.
+    """Return the tensors of a safetensors encoding, in the order of their names: the reader has none of its own.
 
     Raises:
         CheckpointError: the bytes are no safetensors.
     """
     try:
-        return dict(load(content))
+        return dict(sorted(load(content).items()))
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"not a readable safetensors content ({error})") from None
 

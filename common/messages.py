@@ -169,6 +169,7 @@ KINDS: dict[type[Any], tuple[str, type[Any]]] = {
     Train: ("train", Trained),
     Evaluate: ("evaluate", Evaluated),
 }
+_FIELD_TYPES = {kind: get_type_hints(kind) for request, (_, reply) in KINDS.items() for kind in (request, reply)}
 REQUEST_OF: dict[str, type[Any]] = {kind: request for request, (kind, _) in KINDS.items()}
 
 
@@ -234,7 +235,7 @@ def _known_code(code: object) -> str:
 
 
 def _check_types(values: dict[str, Any], expected: type[Any]) -> None:
-    hints = get_type_hints(expected)
+    hints = _FIELD_TYPES[expected]
     if values.keys() != hints.keys():
         raise MalformedMessage(f"{expected.__name__}: other fields than expected")
     for name, hint in hints.items():

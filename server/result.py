@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from common import checkpoint, metrics
 from common.files import write_json
 from common.run_config import RunConfig
+from server import state
 from server.coordinator import Cast, Outcome, contributed_rounds
 
 SCHEMA = 1
@@ -170,5 +170,4 @@ def write_model(folder: Path, outcome: Outcome, around: Surroundings, result: Ma
 
 def read_rounds(folder: Path) -> list[dict[str, Any]]:
     """Return the rounds that a run's folder has on record."""
-    path = folder / "rounds.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return state.read_rounds(folder / "rounds.jsonl")

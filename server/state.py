@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from common import checkpoint
 from common.errors import CheckpointError
-from common.files import write_json
+from common.files import write_atomic, write_json
 
 SCHEMA = 1
 _GROUPS = ("weights", "best", "strategy", "fixed")
@@ -56,10 +56,16 @@ def save(folder: Path, state: RunState) -> None:
     path = folder / f"round-{state.round:06d}.safetensors"
     digest = checkpoint.write_tensors(path, {**tensors, "edges": state.edges})
     facts = {key: value for key, value in asdict_shallow(state).items() if key not in (*_GROUPS, "edges")}
-    write_json(folder / "state.json", {"schema": SCHEMA, "tensors": path.name, "sha256": digest, **facts})
+    index = {"schema": SCHEMA, "tensors": path.name, "sha256": digest, **facts}
+    write_json(folder / "state.json", {**index, "check": _check(index)})
     for old in folder.glob("round-*.safetensors"):
         if old != path:
             old.unlink()
+
+
+def _check(index: Mapping[str, Any]) -> str:
+    """Return the SHA-256 over the content of `state.json`."""
+    return checkpoint.sha256(json.dumps(index, sort_keys=True).encode())
 
 
 def asdict_shallow(state: RunState) -> dict[str, Any]:
@@ -76,14 +82,8 @@ def load(folder: Path) -> RunState | None:
     path = folder / "state.json"
     if not path.exists():
         return None
-    try:
-        facts = json.loads(path.read_text())
-        schema, name, digest = facts.pop("schema"), facts.pop("tensors"), facts.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError):
-        raise CheckpointError(f"{path}: damaged; start the run anew in another folder") from None
-    if schema != SCHEMA:
-        raise CheckpointError(f"{path}: written by another version (schema {schema}, expected {SCHEMA})")
-    tensors = checkpoint.read_tensors(folder / name, digest)
+    facts = _index(path)
+    tensors = checkpoint.read_tensors(folder / facts.pop("tensors"), facts.pop("sha256"))
     edges = np.asarray(tensors.pop("edges"), np.float64)
     groups: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
     for key, value in tensors.items():
@@ -93,16 +93,31 @@ def load(folder: Path) -> RunState | None:
     return RunState(edges=edges, **known)
 
 
+def _index(path: Path) -> dict[str, Any]:
+    """Return the content of `state.json`, checked, without schema and check."""
+    try:
+        facts = dict(json.loads(path.read_text(encoding="utf-8")))
+        schema, check = facts["schema"], facts.pop("check", None)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path}: damaged; start the run anew in another folder") from None
+    if schema != SCHEMA:
+        raise CheckpointError(f"{path}: written by another version (schema {schema}, expected {SCHEMA})")
+    if check != _check(facts):
+        raise CheckpointError(f"{path}: damaged; start the run anew in another folder")
+    del facts["schema"]
+    return facts
+
+
 class RoundLog:
     """`rounds.jsonl`: appended as rounds end, cut back to what the state counts on resume."""
 
     def __init__(self, path: Path, lines: int = 0) -> None:
         self._path = path
-        kept = path.read_text().splitlines(keepends=True)[:lines] if path.exists() else []
-        path.write_text("".join(kept))
+        kept = _lines(path)[:lines]
         self.lines = len(kept)
         if self.lines < lines:
             raise CheckpointError(f"{path}: holds {self.lines} rounds, the saved state counts {lines}; start anew")
+        write_atomic(path, b"".join(kept))
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add a finished round and make sure that it is on disk."""
@@ -114,4 +129,15 @@ class RoundLog:
 
     def read(self) -> list[dict[str, Any]]:
         """Return the finished rounds."""
-        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        return read_rounds(self._path)
+
+
+def read_rounds(path: Path) -> list[dict[str, Any]]:
+    """Return the finished rounds that a `rounds.jsonl` holds; none if there is no such file."""
+    return [json.loads(line) for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Return the finished lines: a line feed alone ends one, for labels may hold what Unicode takes for line ends."""
+    content = path.read_bytes() if path.exists() else b""
+    return [line + b"\n" for line in content.split(b"\n")[:-1]]

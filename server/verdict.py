@@ -143,7 +143,7 @@ def choice(run: Run) -> str:
     else:
         chosen = f"The start, round 0, was the only candidate. It is {start}."
     score = run.best.validation
-    reached = f"AUC {fixed(score.auc)} and accuracy {fixed(score.get('accuracy'))} (n {grouped(score.n)})"
+    reached = f"AUC {fixed(score.auc)} and accuracy {fixed(score.get('accuracy'))} (n{GAP}{grouped(score.n)})"
     return f"{chosen} On validation the chosen model has {reached}."
 
 

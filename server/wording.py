@@ -102,4 +102,5 @@ def percent(share: float) -> str:
         >>> [percent(share).replace(GAP, " ") for share in (0.523, 0.002, 0)]
         ['52 %', '< 1 %', '0 %']
     """
-    return ("< 1" if 0 < share < 0.005 else f"{100 * share:.0f}") + f"{GAP}%"
+    whole = round(100 * share)
+    return ("< 1" if share and not whole else str(whole)) + f"{GAP}%"

@@ -7,13 +7,16 @@ warm           from the start of the command to its first round, with everything
 bytes          what a round sends, over sites times trainable values times their size
 accuracy       the federation beside all data pooled, on the test split
 
-Aims are ratios within one run of this command, for seconds depend on the machine and on who else uses it.
+Aims are ratios within one run of this command, for seconds depend on the machine and on who else uses it. Ratios do
+too, if one side runs on more threads or at another time: each table says how busy the machine was, and a figure
+taken while others used it wants repeating.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import statistics
 import subprocess
@@ -145,6 +148,7 @@ class Clock:
     def __init__(self, at_round: Callable[[], Any] = lambda: None) -> None:
         self.notes: list[Any] = []
         self._marks: list[float] = []
+        self._worked: list[float] = []
         self._at_round = at_round
 
     def __call__(self, phase: str, _done: int, _total: int) -> None:
@@ -152,6 +156,12 @@ class Clock:
         if phase == "rounds":
             self.notes.append(self._at_round())
             self._marks.append(time.perf_counter())
+            self._worked.append(time.process_time())
+
+    @property
+    def cores(self) -> float:
+        """How many cores the rounds kept busy: fewer than their threads when others use the machine."""
+        return (self._worked[-1] - self._worked[0]) / (self._marks[-1] - self._marks[0])
 
     @property
     def seconds(self) -> list[float]:
@@ -195,11 +205,12 @@ def _speed(bench: Bench, cut: str) -> dict[str, Any]:
     training = {"rounds": max(3, bench.rounds // 3), "batch_size": BATCH_SIZE}
     one_view = {"model": {**bench.model, "trainable": cut}, "training": training, "data": _data(bench, views=1)}
     default = {**one_view, "data": _data(bench)}
-    first = _our_rounds(bench, one_view)
+    before = _rounds_of(bench.scene(**one_view), bench.cache)
     theirs = _plain_rounds(bench, one_view)
-    again = _our_rounds(bench, one_view)
+    after = _rounds_of(bench.scene(**one_view), bench.cache)
+    first, again = before.seconds, after.seconds
     views = bench.scene(**default)
-    with_views = _rounds_of(views, bench.cache)
+    with_views = _rounds_of(views, bench.cache).seconds
     one_pass = _one_pass(views)
     ours, plain = statistics.median(first + again), statistics.median(theirs.seconds)
     whole = one_pass + bench.rounds * ours
@@ -207,6 +218,8 @@ def _speed(bench: Bench, cut: str) -> dict[str, Any]:
         "plain_s": plain,
         "plain_state_bytes": theirs.state_bytes,
         "plain_losses": theirs.losses,
+        "plain_cores": theirs.cores,
+        "ours_cores": [before.cores, after.cores],
         "ours_s": ours,
         "ours_rounds_s": [first, again],
         "ratio": plain / ours,
@@ -223,14 +236,10 @@ def _data(bench: Bench, **entries: Any) -> dict[str, Any]:
     return entries if bench.image_size is None else {"image_size": bench.image_size, **entries}
 
 
-def _our_rounds(bench: Bench, sections: Mapping[str, Mapping[str, Any]]) -> list[float]:
-    return _rounds_of(bench.scene(**sections), bench.cache)
-
-
-def _rounds_of(scene: Scene, cache: Path) -> list[float]:
+def _rounds_of(scene: Scene, cache: Path) -> Clock:
     clock = Clock()
     federate(scene, cache, clock)
-    return clock.seconds
+    return clock
 
 
 def _plain_rounds(bench: Bench, sections: Mapping[str, Mapping[str, Any]]) -> plain_flower.Measured:
@@ -278,6 +287,7 @@ def _speed_rows(cut: str, facts: Mapping[str, Any], rounds: int) -> list[Row]:
             f"at least {least:g}",
             facts["ratio_with_views"] >= least,
         ),
+        Row(f"{cut}: cores kept busy", f"plain {facts['plain_cores']:.2f}, ours {min(facts['ours_cores']):.2f}"),
         Row(f"{cut}: one pass through the trunk, 1 view", f"{facts['one_pass_s']:.1f} s, {share}"),
         Row(f"{cut}: times faster, {rounds} rounds with that pass", f"{facts['ratio_of_whole_run']:.1f}"),
     ]
@@ -506,7 +516,7 @@ def _until_first_round(bench: Bench, output: Path) -> float:
     command += ["--dataset", bench.dataset, "--sites", str(bench.sites), "--rounds", "1", "--no-baselines"]
     command += ["--cache", str(bench.cache), "--output", str(output), "--device", "cpu"]
     command += ["--image-size", str(bench.image_size)] if bench.image_size else []
-    command += ["--weights", str(bench.model["weights"])] if "weights" in bench.model else []
+    command += [part for key, value in bench.model.items() for part in (f"--{key}", str(value))]
     begin = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:  # noqa: S603  this very program
         while not (output / "state" / "state.json").exists() and process.poll() is None:
@@ -663,9 +673,12 @@ def main(
     with tempfile.TemporaryDirectory(prefix="consilium-compare-") as name:
         bench = Bench(dataset, image_size, sites, rounds, seeds, cache or Path(name))
         for section in only or SECTIONS:
+            before = os.getloadavg()[0]
             findings = SECTIONS[section](bench)
-            facts[section] = findings.facts
-            show(section, findings, console)
+            load = (before, os.getloadavg()[0])
+            facts[section] = {**findings.facts, "load": load}
+            beside = f"load {load[0]:.1f} before, {load[1]:.1f} after, {len(os.sched_getaffinity(0))} cores"
+            show(f"{section} ({beside})", findings, console)
     if as_json is not None:
         write_json(as_json, facts)
 

@@ -132,6 +132,7 @@ class Measured:
     """What the rounds of a plain app cost, and that they trained."""
 
     seconds: tuple[float, ...]  # a round
+    cores: float  # kept busy during the rounds
     state_bytes: int  # of the state dict, each way and site
     losses: tuple[float, ...]  # mean training loss of a round
 
@@ -150,15 +151,16 @@ def run(built: Built, cohorts: Sequence[Cohort], recipe: Recipe, rounds: int) ->
     initial = ArrayRecord(model.state_dict())
     grid = InProcessGrid(make_app(model, sites, recipe), [f"site-{number}" for number in range(len(sites))])
     strategy = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
-    marks: list[float] = []
+    marks: list[tuple[float, float]] = []
     with threads():
         fit(model, sites[0], recipe, WARM_UP_STEPS)
         # Flower calls `evaluate_fn` before the first round and after each: a clock that belongs to its own loop.
         result = strategy.start(grid, initial, num_rounds=rounds, evaluate_fn=lambda _round, _arrays: _mark(marks))
     losses = tuple(float(str(result.train_metrics_clientapp[n]["train_loss"])) for n in range(1, rounds + 1))
-    seconds = tuple(after - before for before, after in pairwise(marks))
-    return Measured(seconds, sum(len(array.data) for array in initial.values()), losses)
+    seconds = tuple(after[0] - before[0] for before, after in pairwise(marks))
+    cores = (marks[-1][1] - marks[0][1]) / sum(seconds)
+    return Measured(seconds, cores, sum(len(array.data) for array in initial.values()), losses)
 
 
-def _mark(marks: list[float]) -> None:
-    marks.append(time.perf_counter())
+def _mark(marks: list[tuple[float, float]]) -> None:
+    marks.append((time.perf_counter(), time.process_time()))

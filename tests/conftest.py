@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +80,14 @@ def _blobs(labels: np.ndarray, seed: int) -> np.ndarray:
     return images.clip(0, 255).astype(np.uint8)[:, None]
 
 
-def make_pool(sizes: Mapping[str, Sequence[int]], labels: int = 2, seed: int = 0) -> tuple[Cohort, dict[str, Any]]:
+def _pool() -> tuple[Cohort, dict[str, Any]]:
     """Return all examples, two to a patient, and each site's rows."""
-    splits = np.concatenate([np.repeat(np.arange(3), counts) for counts in sizes.values()])
-    given = np.concatenate([np.arange(sum(counts)) % labels for counts in sizes.values()])
-    images = _blobs(given, seed)
+    splits = np.concatenate([np.repeat(np.arange(3), counts) for counts in SIZES.values()])
+    given = np.arange(len(splits)) % len(LABELS)
+    images = _blobs(given, seed=0)
     digests = np.frombuffer(b"".join(hashlib.sha256(image).digest() for image in images), np.uint8).reshape(-1, 32)
-    ends = np.cumsum([sum(counts) for counts in sizes.values()])
-    parts = dict(zip(sizes, np.split(np.arange(len(images)), ends[:-1]), strict=True))
+    ends = np.cumsum([sum(counts) for counts in SIZES.values()])
+    parts = dict(zip(SIZES, np.split(np.arange(len(images)), ends[:-1]), strict=True))
     pool = Cohort(
         source=lambda rows: images[rows],
         rows=np.arange(len(images)),
@@ -95,7 +95,7 @@ def make_pool(sizes: Mapping[str, Sequence[int]], labels: int = 2, seed: int = 0
         labels=given,
         splits=splits.astype(np.int8),
         patients=np.arange(len(images)) // 2,
-        label_names=tuple([*LABELS, "third", "fourth"][:labels]),
+        label_names=LABELS,
         preprocessing="blobs",
     )
     return pool, parts
@@ -112,10 +112,18 @@ class Lab:
     grids: type[Grids] = Grids
     _built: dict[str, tuple[Built, bytes, dict[str, Any]]] = field(default_factory=dict)
 
-    def other_cohorts(self, sizes: Mapping[str, Sequence[int]], labels: int = 2, seed: int = 1) -> dict[str, Cohort]:
-        """Return cohorts of other images than the lab's own."""
-        pool, parts = make_pool(sizes, labels, seed)
-        return {name: pool.subset(part) for name, part in parts.items()}
+    def other_cohorts(self, sizes: Mapping[str, Sequence[int]], labels: tuple[str, ...] = LABELS) -> dict[str, Cohort]:
+        """Return sites of other sizes, dealt from the same images; with more than two labels these mean nothing."""
+        splits = np.concatenate([np.repeat(np.arange(3), counts) for counts in sizes.values()]).astype(np.int8)
+        dealt = replace(
+            self.pool.subset(np.arange(len(splits))),
+            splits=splits,
+            labels=np.arange(len(splits)) % len(labels),
+            label_names=labels,
+        )
+        ends = np.cumsum([sum(counts) for counts in sizes.values()])[:-1]
+        parts = np.split(np.arange(len(splits)), ends)
+        return {name: dealt.subset(part) for name, part in zip(sizes, parts, strict=True)}
 
     def cohorts(self, *names: str) -> dict[str, Cohort]:
         """Return the cohorts of some sites, of all by default."""
@@ -126,7 +134,7 @@ class Lab:
         values: dict[str, Any] = {
             "task": {"name": "blobs", "labels": LABELS},
             "data": {"preset": "generic", "image_size": SIDE, "views": 1, "preprocessing": "blobs"},
-            "model": {"backbone": "test_efficientnet", "weights": "none"},
+            "model": {"backbone": "test_efficientnet", "weights": "none", "ridge": (1.0,)},
             "training": {"rounds": 3, "local_epochs": 1, "batch_size": 8, "lr": 0.01},
             "sites": {"names": tuple(names), "quorum": len(names), "deadline_s": 30.0},
         }
@@ -194,7 +202,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(
         tmp_path_factory.mktemp("cache"),
         lambda: tmp_path_factory.mktemp("memory"),
-        *make_pool(SIZES),
+        *_pool(),
     )
 
 

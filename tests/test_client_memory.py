@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +96,23 @@ def test_a_run_in_any_script_survives(tmp_path: Path) -> None:
     text = '[task]\nlabels = ["gutartig", "悪性", "ж"]\n'
     Memory.at(tmp_path, "north").remember_run(text)
     assert Memory.at(tmp_path, "north").run() == text
+
+
+READ_BACK = """
+import sys
+from pathlib import Path
+from client.memory import Memory
+text = Memory.at(Path(sys.argv[1]), "north").run()
+sys.exit(0 if text == '[task]\\nlabels = ["\\u60aa\\u6027"]\\n' else 3)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_is_read_the_same_in_every_locale(tmp_path: Path) -> None:
+    Memory.at(tmp_path, "north").remember_run('[task]\nlabels = ["悪性"]\n')
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", READ_BACK, str(tmp_path)]
+    subprocess.run(command, cwd=Path(__file__).parents[1], env=plain, check=True, capture_output=True)
 
 
 def test_no_half_written_file_stays(tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from client import evaluation
 from client.cohort import SPLITS, Cohort
 from client.memory import Memory
 from client.site import Site
-from client.workshop import Workshop
+from client.workshop import Workshop, threads
 from common import analytic, checkpoint, codec, metrics, model
 from common.errors import SiteRefusal
 from common.messages import (
@@ -36,7 +39,7 @@ from common.messages import (
 )
 from common.run_config import RunConfig
 
-SIZES = (127, 43, 41)  # by split: primes, so that no other shape of the run can be mistaken for a count of examples
+SIZES = (67, 23, 19)  # by split: primes, so that no other shape of the run can be mistaken for a count of examples
 EDGES = metrics.coarse_edges(2, bins=32)
 EVEN = np.ones(2)
 
@@ -71,6 +74,11 @@ class Hospital:
         width = self.weights["head.linear.weight"].shape[1]
         mean = np.linspace(-0.1, 0.1, width, dtype=np.float32)
         return Freeze(self.fingerprint, mean, np.full(width, 2.0, np.float32), np.array([0.8, 1.3]))
+
+    def statistics(self, class_weights: np.ndarray = EVEN, *, gram: bool = True) -> Statistics:
+        """As a coordinator asks: with the weights below the head, where such are trained."""
+        deep = self.run.model.trainable != "head"
+        return Statistics(self.fingerprint, class_weights, gram, self.vector if deep else self.vector[:0])
 
     def train(self, number: int = 1) -> Train:
         return Train(self.fingerprint, number, self.vector, EDGES)
@@ -115,6 +123,14 @@ def run_of(**sections: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(values | {name: values.get(name, {}) | given for name, given in sections.items()})
 
 
+@pytest.fixture(autouse=True)
+def _one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small batches gain nothing from threads, which wait for each other where the machine is busy."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {0})
+    with threads(1):
+        yield
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Features are computed once for all tests but those that look at it."""
@@ -125,16 +141,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hospital(cache: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Hospital:
     """A hospital in the run that the test asks for: the head alone by default."""
     plan = run_of(**getattr(request, "param", {}))
-    built = model.pretrained(plan)
-    trunk = model.frozen_content(built, plan)
+    trunk, weights = built_for(plan.to_toml())
     resolved = plan.model.model_copy(update={"trunk_sha256": checkpoint.sha256(trunk)})
-    random = np.random.default_rng(3)
-    weights = {
-        name: (value + random.normal(0, 0.02, value.shape)).astype(np.float32)
-        for name, value in model.trainable_values(built.upper).items()
-    }
     run = plan.model_copy(update={"model": resolved})
     return Hospital(pool(), run, trunk, weights, tmp_path / "memory", cache)
+
+
+@lru_cache
+def built_for(plan: str) -> tuple[bytes, dict[str, np.ndarray]]:
+    """Return the trunk's content, and weights that are not all zero."""
+    run, random = RunConfig.from_toml(plan), np.random.default_rng(3)
+    built = model.pretrained(run)
+    values = model.trainable_values(built.upper).items()
+    weights = {name: (value + random.normal(0, 0.02, value.shape)).astype(np.float32) for name, value in values}
+    return model.frozen_content(built, run), weights
 
 
 DEEP = {"model": {"trainable": "stages:1"}}
@@ -177,7 +197,7 @@ def test_the_whole_conversation(hospital: Hospital, tmp_path: Path) -> None:
     assert again.trunk_sha256 == hospital.run.model.trunk_sha256
     assert site.handle(Prepare(hospital.fingerprint)) == Done()
 
-    summed = site.handle(Statistics(hospital.fingerprint, EVEN, gram=True))
+    summed = site.handle(hospital.statistics())
     assert isinstance(summed, Summed)
     assert summed.count.tolist() == [2 * SIZES[0]]  # every view counts
     assert summed.targets.sum() == 2 * SIZES[0]
@@ -201,7 +221,7 @@ def test_statistics_are_the_sums_over_every_view_of_the_training_split(hospital:
     weights = np.array([0.5, 2.0])
     workshop = Workshop(hospital.cache, "cpu")
     site = hospital.settled(hospital.site(workshop))
-    summed = site.handle(Statistics(hospital.fingerprint, weights, gram))
+    summed = site.handle(hospital.statistics(weights, gram=gram))
     bench = workshop.bench(hospital.run, hospital.run.model.trunk_sha256, None, hospital.cohort)
     assert bench is not None
     features = bench.extractor.features(hospital.cohort, 2)
@@ -213,12 +233,12 @@ def test_statistics_are_the_sums_over_every_view_of_the_training_split(hospital:
         np.testing.assert_allclose(getattr(summed, name), value, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("size", [7, 127, 256])
+@pytest.mark.parametrize("size", [7, 67, 256])
 @pytest.mark.parametrize("hospital", [{"data": {"views": 3}}], indirect=True)
 def test_labels_follow_the_order_of_head_inputs(hospital: Hospital, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Sums by label find the label that each input belongs to, with several chunks and views."""
     monkeypatch.setattr(evaluation, "CHUNK", size)
-    summed = hospital.settled(hospital.site()).handle(Statistics(hospital.fingerprint, EVEN, gram=True))
+    summed = hospital.settled(hospital.site()).handle(hospital.statistics())
     assert isinstance(summed, Summed)
     workshop = Workshop(hospital.cache, "cpu")
     hospital.settled(hospital.site(workshop))
@@ -230,6 +250,19 @@ def test_labels_follow_the_order_of_head_inputs(hospital: Hospital, monkeypatch:
     for label in range(2):
         rows = features.double().numpy()[:, training & (hospital.cohort.labels == label)]
         np.testing.assert_allclose(summed.cross[:, label], rows.sum((0, 1)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("hospital", [DEEP], indirect=True, ids=["stages:1"])
+def test_statistics_of_a_deep_cut_are_those_of_the_weights_sent(hospital: Hospital) -> None:
+    """Not those of whatever the shared model was left with."""
+    site = hospital.settled(hospital.site())
+    base = content_of(site.handle(hospital.statistics()))
+    site.handle(hospital.train())
+    assert content_of(site.handle(hospital.statistics())) == base
+    hospital.weights = {name: value * 1.5 for name, value in hospital.weights.items()}
+    assert content_of(site.handle(hospital.statistics())) != base
+    for wrong in (hospital.vector[:0], hospital.vector[:-1]):
+        assert refused(site, replace(hospital.statistics(), weights=wrong)) == "malformed"
 
 
 @both_cuts
@@ -365,7 +398,7 @@ def test_a_run_that_was_not_described_is_unknown(hospital: Hospital, kind: type[
     requests = [
         hospital.install(),
         Prepare(hospital.fingerprint),
-        Statistics(hospital.fingerprint, EVEN, gram=False),
+        hospital.statistics(gram=False),
         hospital.freeze(),
         hospital.train(),
         hospital.evaluate(),
@@ -406,7 +439,7 @@ def test_work_before_its_preparation_is_refused(hospital: Hospital, tmp_path: Pa
     assert refused(site, hospital.train()) == "not_prepared"
     assert refused(site, hospital.evaluate()) == "not_prepared"
     if left_out == "prepare":
-        assert refused(site, Statistics(hospital.fingerprint, EVEN, gram=True)) == "not_prepared"
+        assert refused(site, hospital.statistics()) == "not_prepared"
 
 
 def test_other_labels_are_refused(hospital: Hospital) -> None:
@@ -470,7 +503,7 @@ def test_a_standardiser_of_another_shape_is_malformed_and_not_kept(hospital: Hos
 @pytest.mark.parametrize("weights", [np.ones(1), np.ones(3), np.ones((2, 1)), np.ones(0)])
 def test_class_weights_of_another_shape_are_malformed(hospital: Hospital, weights: np.ndarray) -> None:
     site = hospital.settled(hospital.site())
-    assert refused(site, Statistics(hospital.fingerprint, weights, gram=True)) == "malformed"
+    assert refused(site, hospital.statistics(weights)) == "malformed"
 
 
 # Privacy
@@ -481,8 +514,8 @@ def test_no_reply_holds_one_entry_an_example(hospital: Hospital) -> None:
     site = hospital.site()
     requests = [
         *hospital.before_freeze(),
-        Statistics(hospital.fingerprint, EVEN, gram=True),
-        Statistics(hospital.fingerprint, EVEN, gram=False),
+        hospital.statistics(),
+        hospital.statistics(gram=False),
         hospital.freeze(),
         hospital.train(),
         *(hospital.evaluate(split) for split in SPLITS),
@@ -510,7 +543,7 @@ def test_a_site_without_validation_or_test_examples_still_trains(hospital: Hospi
 def test_a_site_without_training_examples_gives_an_update_of_nothing(hospital: Hospital) -> None:
     lean = replace_cohort(hospital, hospital.cohort.indices("test"))
     site = lean.settled(lean.site())
-    summed, trained = site.handle(Statistics(lean.fingerprint, EVEN, gram=True)), site.handle(lean.train())
+    summed, trained = site.handle(lean.statistics()), site.handle(lean.train())
     assert isinstance(summed, Summed)
     assert isinstance(trained, Trained)
     assert (summed.count.tolist(), summed.gram.any()) == ([0.0], np.False_)

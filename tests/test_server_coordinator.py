@@ -87,6 +87,7 @@ def test_the_start_is_better_than_chance_and_so_is_the_end(outcome):
     assert outcome.test.summary(LABELS)["auc"] > 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fedavg", "fedprox:0.1", "fedavgm", "fedadam", "median", "krum"])
 def test_the_best_round_has_the_best_pooled_validation_auc_the_first_of_equals(lab, strategy):
     found = lab.execute(lab.start(training={"strategy": strategy, "rounds": 4}))
@@ -95,6 +96,7 @@ def test_the_best_round_has_the_best_pooled_validation_auc_the_first_of_equals(l
     assert found.best_round == int(np.argmax(areas))
 
 
+@pytest.mark.slow
 def test_the_weights_returned_are_those_of_the_best_round(lab):
     """A run that stops at the best round has them as its last."""
     found = lab.execute(lab.start(training={"rounds": 4, "lr": 0.05, "schedule": "constant"}))
@@ -107,6 +109,7 @@ def test_the_weights_returned_are_those_of_the_best_round(lab):
     raise AssertionError("no shorter run had the same best round")
 
 
+@pytest.mark.slow
 def test_the_round_loss_is_the_mean_over_batches_and_falls(lab):
     found = lab.execute(lab.start(training={"rounds": 6, "local_epochs": 3, "lr": 0.02}))
     losses = [np.mean([facts["train_loss"] for facts in entry["sites"].values()]) for entry in found.rounds[1:]]
@@ -117,12 +120,14 @@ def test_two_runs_end_with_the_same_bits(lab, outcome):
     assert bits(lab.execute(lab.start())) == bits(outcome)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_the_order_in_which_answers_arrive_does_not_change_a_bit(lab, outcome, order):
     start = lab.start()
     assert bits(lab.execute(start, lab.grid(start, kind=lab.grids.Shuffled, order=order))) == bits(outcome)
 
 
+@pytest.mark.slow
 def test_where_the_sites_are_on_the_grid_does_not_change_a_bit(lab, outcome):
     start = lab.start()
     cohorts = lab.cohorts("west", "north", "south")
@@ -130,9 +135,24 @@ def test_where_the_sites_are_on_the_grid_does_not_change_a_bit(lab, outcome):
 
 
 def test_another_seed_is_another_run(lab, outcome):
-    assert bits(lab.execute(lab.start(seed=1)))[0] != bits(outcome)[0]
+    start = lab.start()
+    other = replace(start, run=start.run.model_copy(update={"seed": 1}))
+    assert bits(lab.execute(other, lab.grid(other)))[2] != bits(outcome)[2]
 
 
+@pytest.mark.slow
+def test_the_penalty_of_the_closed_form_is_the_one_that_scores_best_on_validation(lab):
+    candidates = (1e-4, 0.3, 100.0)
+    areas = []
+    for ridge in (*((one,) for one in candidates), candidates):
+        found = lab.execute(lab.start(model={"ridge": ridge}, training={"strategy": "analytic"}))
+        areas.append((found.rounds[0]["validation"]["auc"], found.weights[HEAD_WEIGHT].tobytes()))
+    *alone, together = areas
+    assert len({weight for _, weight in alone}) == 3
+    assert together[1] == max(alone, key=lambda pair: pair[0])[1]
+
+
+@pytest.mark.slow
 def test_the_sums_are_those_of_the_pooled_images(lab, outcome):
     """The closed form of three sites is that of one site with all their images, up to the order of addition."""
     pooled = lab.pool.subset(np.concatenate([lab.parts[name] for name in SITES]))
@@ -162,9 +182,10 @@ def test_analytic_stops_at_the_start(lab, outcome):
     assert found.rounds[0]["validation"]["auc"] == outcome.rounds[0]["validation"]["auc"]
 
 
+@pytest.mark.slow
 def test_three_labels_are_no_special_case(lab):
     names = (*LABELS, "third")
-    cohorts = lab.other_cohorts({"north": (18, 9, 9), "south": (18, 9, 9)}, labels=3)
+    cohorts = lab.other_cohorts({"north": (18, 9, 9), "south": (18, 9, 9)}, names)
     start = lab.start(names=("north", "south"), task={"labels": names}, training={"rounds": 2})
     found = lab.execute(start, lab.grid(start, cohorts))
     assert found.threshold is None
@@ -175,6 +196,7 @@ def test_three_labels_are_no_special_case(lab):
 # ------------------------------------------------------------------------------------------------ what is exchanged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wire", WIRE_BYTES)
 def test_the_trunk_travels_once_to_each_site_and_rounds_carry_the_upper_alone(lab, wire):
     start = lab.start(wire={"dtype": wire})
@@ -208,6 +230,7 @@ def test_only_the_closed_list_of_messages_is_sent_and_all_carry_the_fingerprint(
             assert message.content["facts"]["fingerprint"] == start.run.fingerprint()
 
 
+@pytest.mark.slow
 def test_the_test_split_is_looked_at_twice_and_only_at_the_end(lab):
     start = lab.start()
     grid = lab.grid(start, kind=lab.grids.Recording)
@@ -219,6 +242,7 @@ def test_the_test_split_is_looked_at_twice_and_only_at_the_end(lab):
     assert "train" not in kinds[-9:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wire", WIRE_BYTES)
 def test_the_weights_kept_are_those_that_were_tested(lab, wire):
     """What the sites tested had passed the wire."""
@@ -231,9 +255,10 @@ def test_the_weights_kept_are_those_that_were_tested(lab, wire):
 # ------------------------------------------------------------------------------------------------- deeper cuts
 
 
+@pytest.mark.slow
 def test_statistics_of_norms_above_the_cut_are_never_touched(lab):
     start = lab.start(names=("north", "west"), model={"trainable": "stages:1"}, training={"rounds": 1})
-    built, trunk, _ = lab.build(start.run)
+    built, _, _ = lab.build(start.run)
     assert list(built.upper.frozen_norms())
     frozen = {name for name, _ in built.upper.named_buffers() if "running" in name}
     assert frozen
@@ -247,6 +272,7 @@ def test_statistics_of_norms_above_the_cut_are_never_touched(lab):
     assert changed == set(start.weights) or found.best_round == 0
 
 
+@pytest.mark.slow
 def test_the_closed_form_is_that_of_the_weights_the_run_starts_with(lab):
     """A site knows the structure of the model; the values above the cut come from the coordinator."""
     start = lab.start(names=("north", "west"), model={"trainable": "stages:1"}, training={"strategy": "analytic"})
@@ -261,6 +287,7 @@ def test_the_closed_form_is_that_of_the_weights_the_run_starts_with(lab):
     assert bits(outcomes[0]) == bits(outcomes[1])
 
 
+@pytest.mark.slow
 def test_a_site_that_builds_the_model_itself_ends_with_the_same_bits(lab, outcome):
     start = lab.start()
     opened = open_in_process(lab.cohorts(), Workshop(lab.cache, "cpu"), lab.scratch())
@@ -288,6 +315,7 @@ def test_one_dropped_and_one_poisoned_answer_make_the_run_partial(lab):
     assert found.cast.status == dict.fromkeys(SITES, "contributed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wire", WIRE_BYTES)
 def test_poison_never_reaches_the_global_model_at_any_precision(lab, wire):
     start = lab.start(sites={"quorum": 2}, wire={"dtype": wire})
@@ -296,6 +324,7 @@ def test_poison_never_reaches_the_global_model_at_any_precision(lab, wire):
     assert all(np.isfinite(value).all() for value in found.weights.values())
 
 
+@pytest.mark.slow
 def test_a_round_without_a_site_is_the_round_of_the_others(lab):
     """What a dropped site would have sent changes nothing."""
     start = lab.start(sites={"quorum": 2}, training={"rounds": 1})
@@ -306,6 +335,7 @@ def test_a_round_without_a_site_is_the_round_of_the_others(lab):
     )
 
 
+@pytest.mark.slow
 def test_rounds_compete_on_equal_examples_only(lab):
     """The start is judged without one site here, so that it cannot win against rounds judged with it."""
     start = lab.start(sites={"quorum": 2})
@@ -316,11 +346,12 @@ def test_rounds_compete_on_equal_examples_only(lab):
     assert found.best_round == 1 + int(np.argmax(areas[1:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["drop:south@2", "nan:south@2", "slow:south@2:30"])
 def test_a_lost_quorum_ends_the_run_and_leaves_what_was_reached(lab, tmp_path, fault):
     start = lab.start(tmp_path, sites={"quorum": 3, "deadline_s": 0.5 if "slow" in fault else 30.0})
     cast = Cast()
-    with pytest.raises(QuorumLost, match="round 2: 2 of 3 sites gave a usable answer, the quorum is 3; .*--resume"):
+    with pytest.raises(QuorumLost, match=r"round 2: 2 of 3 sites gave a usable answer, the quorum is 3; .*--resume"):
         lab.execute(start, lab.grid(start, faults=[fault]), cast)
     lines = (tmp_path / "rounds.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [0]
@@ -330,6 +361,7 @@ def test_a_lost_quorum_ends_the_run_and_leaves_what_was_reached(lab, tmp_path, f
     assert resumed.complete
 
 
+@pytest.mark.slow
 def test_an_absent_site_is_recorded_and_the_run_is_partial(lab):
     start = lab.start(sites={"quorum": 2, "deadline_s": 0.5})
     found = lab.execute(start, lab.grid(start, lab.cohorts("north", "south")))
@@ -341,6 +373,7 @@ def test_an_absent_site_is_recorded_and_the_run_is_partial(lab):
         lab.execute(strict, lab.grid(strict, lab.cohorts("north", "south")))
 
 
+@pytest.mark.slow
 def test_an_absent_site_that_comes_back_after_a_resume_has_contributed_only_since(lab, tmp_path):
     start = lab.start(tmp_path, sites={"quorum": 2, "deadline_s": 0.5})
     with pytest.raises(QuorumLost):
@@ -366,7 +399,8 @@ def test_sums_that_are_not_finite_drop_the_site_and_say_why(lab):
     assert all(np.isfinite(value).all() for value in found.fixed.values())
 
 
-@pytest.mark.parametrize("count", [-24.0, 0.0, 12.0, 25.0, 1e300])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [-24.0, 0.0, 25.0])
 def test_sums_of_another_number_of_examples_than_declared_are_refused(lab, count):
     def change(name, request, reply):
         if name == "south" and isinstance(reply, Summed):
@@ -378,6 +412,7 @@ def test_sums_of_another_number_of_examples_than_declared_are_refused(lab, count
     assert found.cast.status["south"] == "quarantined(bad_statistics)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "support",
     [
@@ -401,6 +436,7 @@ def test_a_description_that_cannot_be_is_not_believed_and_that_is_said(lab, supp
     assert found.cast.transfers == {"north": 1, "west": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
@@ -423,6 +459,7 @@ def test_a_reply_that_is_not_admitted_costs_the_site_its_round(lab, field, value
     assert not found.complete
 
 
+@pytest.mark.slow
 def test_a_norm_limit_is_kept(lab):
     def change(name, request, reply):
         if name == "south" and isinstance(reply, Trained):
@@ -465,6 +502,7 @@ def test_sites_with_a_single_label_each_learn_together(lab):
     assert [last["sites"][name]["validation"]["auc"] for name in ("north", "south")] == [None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["validation", "test"])
 def test_a_site_without_validation_or_test_examples_takes_part(lab, missing):
     sizes = {"north": (16, 8, 8), "south": (16, 0, 8) if missing == "validation" else (16, 8, 0)}
@@ -487,6 +525,7 @@ def test_without_any_validation_the_last_round_is_taken(lab):
     assert found.complete
 
 
+@pytest.mark.slow
 def test_without_any_test_examples_the_figures_are_undefined(lab):
     start = lab.start(names=("north", "south"))
     found = lab.execute(start, lab.grid(start, lab.other_cohorts({"north": (16, 8, 0), "south": (16, 8, 0)})))

@@ -25,7 +25,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     split = np.tile(["train", "train", "train", "validation", "test", "train"], 10)
     path = folder / "tiny.npz"
     np.savez(path, images=images, labels=labels, split=split)
-    cuts = ("head", "stages:1")
+    cuts = ("stages:1",)
     named = {"weights": "none", "backbone": "resnet10t"}
     return Bench(str(path), 32, 2, 2, (0,), folder / "cache", crowd=(2, 4), cuts=cuts, model=named)
 
@@ -113,14 +113,13 @@ def test_plain_flower_trains_the_upper_and_leaves_the_trunk(bench: Bench) -> Non
 
 
 @pytest.mark.slow
-def test_speed_and_orchestration_measure_both_cuts(bench: Bench) -> None:
-    found = compare.speed(bench)
-    for cut in bench.cuts:
-        facts = found.facts[cut]
-        assert facts["ratio"] == pytest.approx(facts["plain_s"] / facts["ours_s"])
-        assert 0 < facts["one_pass_share"] < 1
-        assert facts["ratio_of_whole_run"] < facts["ratio"]
-    spent = compare.orchestration(bench).facts["head"]
+def test_speed_and_orchestration_measure_a_cut(bench: Bench) -> None:
+    facts = compare.speed(bench).facts["stages:1"]
+    assert facts["ratio"] == pytest.approx(facts["plain_s"] / facts["ours_s"])
+    assert 0 < facts["one_pass_share"] < 1
+    assert facts["ratio_of_whole_run"] < facts["ratio"]
+    assert facts["plain_cores"] > 0
+    spent = compare.orchestration(bench).facts["stages:1"]
     assert 0 < spent["share"] < 1
     assert sum(spent["seconds"].values()) == pytest.approx(spent["round_s"], rel=0.5)
     assert spent["seconds"]["training"] > 0
@@ -163,11 +162,14 @@ def test_the_command_writes_what_it_shows(bench: Bench, tmp_path: Path, monkeypa
     found = CliRunner().invoke(compare.main, ["--only", "scale", "--sites", "7", "--json", str(output)])
     assert found.exit_code == 0, found.output
     assert "missed" in found.output
-    assert json.loads(output.read_text()) == {"scale": {"sites": 7}}
+    facts = json.loads(output.read_text())["scale"]
+    assert facts["sites"] == 7
+    assert len(facts["load"]) == 2
 
 
 @pytest.mark.slow
-def test_a_warm_start_is_timed_to_its_first_round(bench: Bench) -> None:
-    facts = compare.warm(bench).facts
-    assert all(0 < seconds < 120 for seconds in (facts["first_s"], *facts["again_s"]))
-    assert len(facts["again_s"]) == 2
+def test_a_warm_start_is_timed_to_its_first_round(bench: Bench, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    seconds = compare._until_first_round(bench, output)
+    assert seconds > 0
+    assert (output / "result.json").is_file()
