@@ -34,7 +34,7 @@ def run_all(
     labels = start.run.task.labels
     total = len(sites) + 1
     progress("baselines", 0, total)
-    pooled = run_alone(start, "pooled", pool, workshop, scratch)
+    pooled = run_alone(start, "pooled", pool, workshop, scratch, parts=len(sites))
     found: dict[str, Any] = {"pooled": pooled.test.summary(labels, pooled.threshold), "local": {}}
     for number, (name, cohort) in enumerate(sites.items(), start=1):
         progress("baselines", number, total)
@@ -55,13 +55,13 @@ def with_test_of(pool: Cohort, site: Cohort) -> Cohort:
     return pool.subset(np.flatnonzero(own | (pool.splits == test)))
 
 
-def run_alone(start: Start, name: str, cohort: Cohort, workshop: Workshop, scratch: Path) -> Outcome:
-    """Run a federation of one site; nothing of it is kept.
+def run_alone(start: Start, name: str, cohort: Cohort, workshop: Workshop, scratch: Path, parts: int = 1) -> Outcome:
+    """Run a federation of one site that stands for `parts` of them; nothing of it is kept.
 
     Raises:
         ConsiliumError: the run did not end.
     """
-    run = alone(start.run, name)
+    run = alone(start.run, name, parts)
     outcomes: list[Outcome] = []
 
     def coordinate(grid: Any) -> None:
@@ -75,10 +75,15 @@ def run_alone(start: Start, name: str, cohort: Cohort, workshop: Workshop, scrat
     return outcomes[0]
 
 
-def alone(run: RunConfig, name: str) -> RunConfig:
-    """Return the run for one site: averaging one update is the identity, so robust rules have nothing to do."""
+def alone(run: RunConfig, name: str, parts: int = 1) -> RunConfig:
+    """Return the run for one site that takes the steps of `parts` of them.
+
+    Averaging one update is the identity, so robust rules and a limit on updates have nothing to do.
+    """
     training = run.training
     if training.rule.kind not in ("analytic", "fedavg"):
         training = training.model_copy(update={"strategy": "fedavg"})
-    sites = run.sites.model_copy(update={"names": (name,), "quorum": 1})
+    if training.local_steps is not None:  # epochs grow with the data by themselves
+        training = training.model_copy(update={"local_steps": training.local_steps * parts})
+    sites = run.sites.model_copy(update={"names": (name,), "quorum": 1, "max_norm": None})
     return run.model_copy(update={"training": training, "sites": sites})

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
@@ -171,7 +171,8 @@ class InProcessGrid(Grid):
     def _faults_of(self, message: Message, site: str) -> dict[str, Fault]:
         if not self._faults or message.metadata.message_type != "train":
             return {}
-        number = message.content.config_records["facts"]["round"]
+        facts = message.content.config_records.get("facts", ConfigRecord())  # another app's messages have none
+        number = facts.get("round")
         last = site == list(self._sites.values())[-1]
         return {
             fault.kind: fault
@@ -202,7 +203,9 @@ def check_faults(faults: Sequence[Fault], sites: Sequence[str], rounds: int) -> 
 
 
 def _poisoned(reply: Message, request: Message) -> Message:
-    """Return the reply with every weight a NaN."""
+    """Return the reply with every weight a NaN; a refusal has none."""
+    if "weights" not in reply.content.array_records:
+        return reply
     weights = {
         name: Array(dtype=array.dtype, shape=array.shape, stype=array.stype, data=_nans(array))
         for name, array in reply.content.array_records["weights"].items()

@@ -69,7 +69,9 @@ def test_loss_draws_each_site_or_the_range_of_many() -> None:
     chart = plots.loss(run(rounds=many))
     assert chart is not None
     assert len(chart.lines) == 1
-    assert chart.area.endswith("Z")
+    least, most = chart.canvas.at(1, 0.0), chart.canvas.at(1, 0.95)
+    assert chart.area.startswith(f"M{most[0]:g} {most[1]:g}L")
+    assert chart.area.endswith(f"L{least[0]:g} {least[1]:g}Z")
 
 
 def test_the_operating_point_lies_on_the_plot_of_two_labels() -> None:

@@ -1,4 +1,4 @@
-"""The grid in one process is a Flower grid: any app runs over it, and faults happen where and when they were ordered."""
+"""The grid in one process is a Flower grid: any app runs over it, and faults happen where and when ordered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from client.app import make_app
 from common import codec
 from common.errors import ConfigError, SiteRefusal
-from common.messages import Evaluate, Trained, from_record, to_record
+from common.messages import Evaluate, Train, Trained, from_record, to_record
 from simulations.grid import FAULT_KINDS, Fault, InProcessGrid, check_faults, run_in_process
 
 ROOT = Path(__file__).parent.parent
@@ -256,8 +256,6 @@ def training_app(wire, refuse=False):
 
 
 def train_request(number=1, node=1):
-    from common.messages import Train
-
     record = to_record(Train("print", number, np.zeros(1, np.float32), np.zeros((1, 3))))
     return Message(record, dst_node_id=node, message_type="train")
 
@@ -351,7 +349,7 @@ def stock_client():
         moved = [weight + 0.5 * (context.node_id - weight) for weight in weights]
         content = RecordDict(
             {
-                "arrays": ArrayRecord([Array(value) for value in moved] and moved),
+                "arrays": ArrayRecord(moved),
                 "metrics": MetricRecord({"num-examples": 10 * context.node_id, "loss": float(context.node_id)}),
             }
         )
