@@ -463,16 +463,16 @@ def auc_interval(pos: ArrayLike, neg: ArrayLike) -> tuple[float, float] | None:
 
 
 def average_precision(pos: ArrayLike, neg: ArrayLike) -> float | None:
-    """Return Σ_b (recall gained in bin b) · (precision at its lower edge), from the top; None without positives.
+    """Return Σ_b (recall gained in bin b) · (precision at its lower edge), from the top.
 
-    Without negatives it is 1, as the precision is everywhere.
+    None without positives, and without negatives, where it would be 1 whatever the scores.
 
     Examples:
         >>> average_precision([0, 1, 1], [1, 1, 0])
         0.8333333333333333
     """
     p, n = (counts[::-1] for counts in _as_floats(pos, neg))
-    if p.sum() == 0:
+    if p.sum() == 0 or n.sum() == 0:
         return None
     gained = p > 0
     precision = p.cumsum()[gained] / (p + n).cumsum()[gained]

@@ -93,6 +93,7 @@ class Outcome:
     threshold: float | None
     cast: Cast
     contributed: Mapping[str, int]  # rounds by site
+    traffic: Mapping[str, Traffic]  # by phase outside the rounds, of this process
     complete: bool
     seconds: Mapping[str, float]
 
@@ -119,6 +120,7 @@ class Coordinator:
         self._quorum = start.run.sites.quorum or len(start.run.sites.names)
         self._log = RoundLog(start.folder / "rounds.jsonl", self._lines_kept()) if start.folder else None
         self._entries: list[dict[str, Any]] = []
+        self._traffic: dict[str, Traffic] = {}
 
     def execute(self) -> Outcome:
         """Run to the end, from the saved state if there is one.
@@ -200,11 +202,17 @@ class Coordinator:
     def _asked(self, phase: str, requests: Mapping[str, Request]) -> Iterator[Answer]:
         self._progress(phase, 0, len(requests))
         for number, answer in enumerate(self._federation.ask(requests), start=1):
+            self._count(phase, answer)
             yield answer
             self._progress(phase, number, len(requests))
 
+    def _count(self, phase: str, answer: Answer) -> None:
+        """Add a message's bytes to those of its phase; rounds are counted apart, in their entries."""
+        self._traffic[phase] = self._traffic.get(phase, Traffic()) + answer.traffic
+
     def _settle(self) -> RunState:
         """Find standardiser and head from the sites' sums; the head's penalty is chosen on validation."""
+        begin = time.monotonic()
         model, training = self._run.model, self._run.training
         support = self._pooled_support()[TRAIN]
         balanced = training.class_weights == "balanced"
@@ -219,7 +227,7 @@ class Coordinator:
             self._freeze(fixed)
             heads = analytic.ridge_heads(pooled, mean, scale, model.ridge)
             first, edges = self._choose_head(first, heads)
-        entry = {"round": 0, "seconds": 0.0, **_bytes(Traffic()), "sites": {}}
+        entry = {"round": 0, "seconds": time.monotonic() - begin, **_bytes(Traffic()), "sites": {}}
         return RunState(
             round=0,
             weights=first,
@@ -452,6 +460,7 @@ class Coordinator:
             threshold=current.threshold,
             cast=self._cast,
             contributed=contributed,
+            traffic=self._traffic,
             complete=complete,
             seconds=spent,
         )

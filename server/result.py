@@ -17,6 +17,7 @@ from common.files import write_json
 from common.run_config import RunConfig
 from server import state
 from server.coordinator import Cast, Outcome, contributed_rounds
+from server.federation import Traffic
 
 SCHEMA = 1
 SPLITS = ("train", "validation", "test")
@@ -64,6 +65,7 @@ def completed(outcome: Outcome, around: Surroundings) -> dict[str, Any]:
         "best_round": outcome.best_round,
         "test": test,
         "curves": _curves(outcome, labels),
+        "traffic": {phase: _both_ways(traffic) for phase, traffic in outcome.traffic.items()},
         "warnings": [*around.warnings, *_warnings(outcome, test["pooled"], labels)],
         "seconds": {**outcome.seconds, **around.seconds},
     }
@@ -82,6 +84,7 @@ def failed(error: str, around: Surroundings, cast: Cast, rounds: list[dict[str, 
         "test": None,
         "baselines": None,
         "curves": None,
+        "traffic": {},
         "warnings": list(around.warnings),
         "seconds": {"features": 0.0, "rounds": 0.0, "baselines": 0.0, **around.seconds, "total": total},
     }
@@ -117,6 +120,13 @@ def _sites(cast: Cast, contributed: Mapping[str, int], run: RunConfig) -> dict[s
             "status": cast.status.get(site, "lost(absent)"),
         }
     return found
+
+
+def _both_ways(traffic: Traffic) -> dict[str, int]:
+    return {
+        "bytes_down": traffic.weights_down + traffic.other_down,
+        "bytes_up": traffic.weights_up + traffic.other_up,
+    }
 
 
 def _curves(outcome: Outcome, labels: tuple[str, ...]) -> dict[str, Any]:

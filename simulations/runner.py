@@ -15,6 +15,7 @@ from client.app import make_app as make_client_app
 from client.cohort import Cohort
 from client.features import Extractor
 from client.preprocessing import PRESETS, Preset
+from client.training import base_lr
 from client.views import Augmentation
 from client.workshop import Workshop, choose_device, threads
 from common import checkpoint, model
@@ -23,11 +24,12 @@ from common.files import write_atomic, write_json
 from common.model import Built
 from common.run_config import RunConfig, Simulation
 from common.weights import Weights
-from server import report, result
+from server import result
 from server.aggregation import check_sites
 from server.app import make_app as make_server_app
 from server.coordinator import Cast, Coordinator, Outcome, Start
 from server.federation import Federation
+from server.report import page
 from server.result import Surroundings, TrunkFacts
 from simulations import baselines, datasets, hospitals, partition
 from simulations.datasets import Dataset
@@ -121,6 +123,7 @@ def set_scene(plan: RunConfig, cache: Path, progress: Progress) -> Scene:
     training = plan.training
     if training.local_epochs is None and training.local_steps is None:
         training = training.model_copy(update={"local_epochs": 1})
+    training = training.model_copy(update={"lr": base_lr(training, deep=plan.model.trainable != "head")})
     run = plan.model_copy(
         update={
             "task": plan.task.model_copy(update={"name": dataset.name, "labels": dataset.cohort.label_names}),
@@ -298,6 +301,6 @@ def next_folder(root: Path, run: RunConfig) -> Path:
 
 def _finish(folder: Path, found: Mapping[str, Any]) -> None:
     write_json(folder / "result.json", found)
-    report.write(found, folder / "report.html")
+    page.write(found, folder / "report.html")
     if found["status"] != "failed":
         shutil.rmtree(folder / "state", ignore_errors=True)

@@ -144,6 +144,19 @@ def test_a_cut_at_any_byte_of_the_last_append_costs_the_rows_behind_it_alone(
 
 
 @pytest.mark.parametrize("name", ["rows.bin", "index.bin"])
+def test_what_is_left_of_a_cut_append_goes_with_the_next_one(tmp_path: Path, name: str) -> None:
+    """Records of rows that are gone, or rows without a record, must not meet later ones."""
+    filled(tmp_path, PLAIN, (1, 2), (3, 4, 5))
+    os.truncate(tmp_path / name, 2 * (PLAIN.itemsize if name == "rows.bin" else RECORD_BYTES))
+    RowStore(tmp_path, PLAIN).append(keys_of(9), rows_of(PLAIN, 9))
+    assert (tmp_path / "rows.bin").stat().st_size == 3 * PLAIN.itemsize
+    assert (tmp_path / "index.bin").stat().st_size == 3 * RECORD_BYTES
+    store = RowStore(tmp_path, PLAIN)
+    assert store.damaged == 0
+    assert holds(store, 1, 2, 9)
+
+
+@pytest.mark.parametrize("name", ["rows.bin", "index.bin"])
 def test_a_flipped_bit_in_any_byte_costs_its_row_alone_and_the_row_can_be_written_anew(
     tmp_path: Path, name: str
 ) -> None:

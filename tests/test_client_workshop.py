@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,22 @@ def test_a_model_is_built_once_a_run_and_trunk(lab: Any, run: RunConfig, content
     assert workshop.bench(run, sha256, None, south) is bench
     assert workshop.bench(another(run, dropout=0.5), sha256, None, north) is None
     assert workshop.bench(run, "0" * 64, None, north) is None
+
+
+def test_runs_share_a_model_only_where_nothing_decides_another(
+    lab: Any, run: RunConfig, content: bytes, tmp_path: Path
+) -> None:
+    workshop, cohort, sha256 = Workshop(tmp_path, "cpu"), lab.cohorts("north")["north"], run.model.trunk_sha256
+    bench = workshop.bench(run, sha256, content, cohort)
+    slower = run.model_copy(update={"training": run.training.model_copy(update={"lr": 1e-5}), "seed": 4})
+    assert workshop.bench(slower, sha256, None, cohort) is bench
+    others = [
+        another(run, dropout=0.5),
+        run.model_copy(update={"task": run.task.model_copy(update={"labels": ("a", "b", "c")})}),
+        run.model_copy(update={"data": run.data.model_copy(update={"preset": "chest-xray"})}),
+    ]
+    assert [workshop.bench(other, sha256, None, cohort) for other in others] == [None] * 3
+    assert workshop.bench(run, sha256, None, replace(cohort, preprocessing="others")) is None
 
 
 def test_the_model_holds_the_tensors_received(lab: Any, run: RunConfig, content: bytes, tmp_path: Path) -> None:

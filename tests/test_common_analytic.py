@@ -58,7 +58,9 @@ def pools(draw: st.DrawFn) -> Pool:
     # Sums lose what is 10^6 times smaller than an input's mean, as float32 inputs do: constants stay below that.
     constant = stream.random(width) < draw(st.sampled_from([0.0, 0.0, 0.3, 1.0]))
     inputs[:, constant] = np.sqrt(inputs[:, ~constant].var(0).mean() if not constant.all() else 1.0) * 123.4
-    weights = draw(st.sampled_from([np.ones(k), balanced_weights(np.bincount(labels, minlength=k)), np.logspace(-2, 2, k)]))
+    weights = draw(
+        st.sampled_from([np.ones(k), balanced_weights(np.bincount(labels, minlength=k)), np.logspace(-2, 2, k)])
+    )
     count = draw(st.integers(1, 6))
     sites = {
         "even": np.arange(n) % count,

@@ -308,7 +308,9 @@ def test_batchnorm_above_the_cut_stays_in_eval_mode_and_frozen(cut: str) -> None
         assert not any(parameter.requires_grad for parameter in norm.parameters())
     upper(trunk(images(64, 4))).square().sum().backward()
     torch.optim.SGD(upper.trainable().values(), lr=1e-3, weight_decay=0.1).step()
-    of_norms = {f"{name}.{key}" for name, module in upper.named_modules() if module in norms for key in module.state_dict()}
+    of_norms = {
+        f"{name}.{key}" for name, module in upper.named_modules() if module in norms for key in module.state_dict()
+    }
     changed = {name for name, value in upper.state_dict().items() if not torch.equal(value, before[name])}
     assert not changed & of_norms
     assert changed <= set(upper.trainable())
@@ -381,7 +383,9 @@ def test_pool_leaves_a_row_as_it_is() -> None:
 def test_a_map_whose_layout_cannot_be_told_is_refused() -> None:
     """Swin's first stage at 384 pixels: 96 x 96 positions of 96 channels, channels last."""
     model = create("swin_tiny_patch4_window7_224", image_size=384, seed=0)
-    with pytest.raises(ConfigError, match=r"^--image-size 384: a stage of this backbone is as wide as its maps; choose"):
+    with pytest.raises(
+        ConfigError, match=r"^--image-size 384: a stage of this backbone is as wide as its maps; choose"
+    ):
         build(model, cut="head", features="multi", labels=2, image_size=384)
     _, upper = build(model, cut="head", features="last", labels=2, image_size=384)
     assert upper.head.linear.in_features == 768
@@ -456,7 +460,9 @@ def test_a_name_like_nothing_known_is_refused_too(name: str) -> None:
 
 
 def test_an_unknown_set_of_pretrained_weights_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^--backbone resnet18.nonsense: timm cannot make it \(Invalid pretrained tag"):
+    with pytest.raises(
+        ConfigError, match=r"^--backbone resnet18.nonsense: timm cannot make it \(Invalid pretrained tag"
+    ):
         create("resnet18.nonsense", image_size=None, seed=0)
 
 

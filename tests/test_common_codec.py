@@ -134,7 +134,9 @@ def test_no_parameters_are_no_bytes(wire: WireType) -> None:
 def test_another_dtype_or_length_is_refused(wire: WireType) -> None:
     values = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(1, np.float32)}
     vector, shapes = encode(values, wire), shapes_of(values)
-    others = [np.dtype(kind) for kind in ("<f4", "<f2", "<u2", "<i2", "<f8", ">f4", "O") if np.dtype(kind) != vector.dtype]
+    others = [
+        np.dtype(kind) for kind in ("<f4", "<f2", "<u2", "<i2", "<f8", ">f4", "O") if np.dtype(kind) != vector.dtype
+    ]
     hostile = [vector[:-1], np.append(vector, vector[:1]), vector[None], vector[:0], vector.reshape(7, 1)]
     for bad in [*hostile, *(vector.astype(kind) for kind in others)]:
         with pytest.raises(ValueError, match=f"expected 7 values of {wire}, got"):

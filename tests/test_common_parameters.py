@@ -17,7 +17,9 @@ values = st.integers(-1000, 1000).map(float)
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Two sets of parameters of equal names and shapes; whole numbers, so that float32 adds exactly."""
-    shapes = draw(st.dictionaries(st.text(max_size=3), hnp.array_shapes(min_dims=0, max_dims=3, max_side=3), max_size=4))
+    shapes = draw(
+        st.dictionaries(st.text(max_size=3), hnp.array_shapes(min_dims=0, max_dims=3, max_side=3), max_size=4)
+    )
     one, other = ({n: draw(hnp.arrays(np.float32, s, elements=values)) for n, s in shapes.items()} for _ in range(2))
     return one, other
 

@@ -100,7 +100,6 @@ def embedded() -> nn.Module:
     return pretrained(EMBEDDED_BACKBONE, Weights("embedded"), image_size=None, seed=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "label", "probability"), [(0, 698, 0.30), (1, 985, 0.32)])
 def test_the_embedded_weights_recognise_a_palace_and_a_daisy(
     embedded: nn.Module, number: int, label: int, probability: float

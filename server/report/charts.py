@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from server.wording import fixed
+from server.report.wording import fixed
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UsageError
-from server.report import render, write
+from server.report.page import render, write
 
 HOSTILE = '<script>alert("x")</script>&<img src=x onerror=alert(1)>'
 VOID = {"meta", "br", "hr", "img", "input", "link"}

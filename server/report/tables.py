@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from server.plots import COLOURS
-from server.reading import SCHEMA, Round, Run, Score, natural
-from server.verdict import compare
-from server.wording import DASH, GAP, Figure, duration, fixed, grouped, joined, size
+from server.report.plots import COLOURS
+from server.report.reading import SCHEMA, Round, Run, Score, natural
+from server.report.verdict import compare
+from server.report.wording import DASH, GAP, Figure, duration, fixed, grouped, joined, size
 
 METRICS = (
     ("auc", "AUC"),

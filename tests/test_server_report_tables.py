@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from server import tables
-from server.reading import Run
-from server.wording import GAP
+from server.report import tables
+from server.report.reading import Run
+from server.report.wording import GAP
 
 
 def score(auc: float | None, *interval: float) -> dict[str, Any]:

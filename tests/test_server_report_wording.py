@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.wording import DASH, GAP, duration, fixed, grouped, joined, percent, plural, size
+from server.report.wording import DASH, GAP, duration, fixed, grouped, joined, percent, plural, size
 
 
 @given(st.floats(0, 1e15))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from server import plots
-from server.reading import Run
+from server.report import plots
+from server.report.reading import Run
 
 
 def score(auc: float | None, *interval: float) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server import verdict
-from server.reading import Run, Score
-from server.verdict import compare
+from server.report import verdict
+from server.report.reading import Run, Score
+from server.report.verdict import compare
 
 ENDS = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.wording import GAP, Figure, fixed
+from server.report.wording import GAP, Figure, fixed
 
 SCHEMA = 1
 

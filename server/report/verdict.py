@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from statistics import fmean
 
-from server.reading import Run, Score
-from server.wording import GAP, fixed, grouped, joined, plural
+from server.report.reading import Run, Score
+from server.report.wording import GAP, fixed, grouped, joined, plural
 
 TINY = 10  # fewer test images of a label than this and its figures say little
 CHANCE = 0.5

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.reading import Round, Run, Score, natural, total
+from server.report.reading import Round, Run, Score, natural, total
 
 
 def entry(**changes: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.charts import UNIT, Axis, Canvas, Line, Plot, axis, round_axis
+from server.report.charts import UNIT, Axis, Canvas, Line, Plot, axis, round_axis
 
 
 @given(st.lists(st.floats(-1e12, 1e12), max_size=6))

@@ -8,7 +8,7 @@ escapes every value.
     wording   numbers as printed
     verdict   sentences
     charts    geometry; plots: which charts there are
-    tables    tables; ledger: bytes and seconds
+    tables    tables; costs: bytes and seconds
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import jinja2
 
 from common.errors import UsageError
 from common.files import write_atomic
-from server import ledger, plots, tables, verdict
-from server.reading import SCHEMA, Run
-from server.wording import duration, grouped
+from server.report import costs, plots, tables, verdict
+from server.report.reading import SCHEMA, Run
+from server.report.wording import duration, grouped
 
 TALL = 20  # a longer table scrolls in its own area on a screen (never in print)
 STATUS = {
@@ -52,7 +52,7 @@ def render(result: Mapping[str, Any]) -> str:
     run = Run.of(result)
     values = {"run": run, "title": run.section("config", "task").get("name") or "Federated run", "facts": _facts(run)}
     name, tone = STATUS.get(run.status, (run.status, "warn"))
-    parts = {"verdict": verdict, "plots": plots, "tables": tables, "ledger": ledger}
+    parts = {"verdict": verdict, "plots": plots, "tables": tables, "costs": costs}
     return _template().render(**values, **parts, status=name, tone=tone, tall=TALL, grouped=grouped).lstrip()
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from server.reading import Run, total
-from server.wording import DASH, duration, grouped, percent, plural, size
+from server.report.reading import Run, total
+from server.report.wording import DASH, duration, grouped, percent, plural, size
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,12 @@ class Account:
     note: str
 
 
+_START = ("describe", "prepare", "statistics", "freeze", "closed form")
+_END = ("validation", "test")
+
+
 def traffic(run: Run) -> Account:
-    """Bytes of trunk and rounds; nothing else of a run is counted."""
+    """Bytes of all messages, by what they were for."""
     trunk, transfers = run.section("trunk").get("bytes"), list(run.section("trunk", "transfers").values())
     named = [
         (_trunk_name(transfers), None if trunk is None or not transfers else trunk * sum(transfers)),
@@ -40,11 +44,19 @@ def traffic(run: Run) -> Account:
         ("Weights, from the sites", total(entry.weights[1] for entry in run.rounds)),
         ("Rest of the rounds, to the sites", total(entry.other[0] for entry in run.rounds)),
         ("Rest of the rounds, from the sites", total(entry.other[1] for entry in run.rounds)),
+        ("Start: sums and first heads", _of_phases(run, _START)),
+        ("Last validation and test", _of_phases(run, _END)),
     ]
     whole = total(value for _, value in named)
     parts = _parts([(name, value, size(value)) for name, value in named], "b")
-    title = "Bytes were not recorded" if whole is None else f"{size(whole)} in trunk and rounds"
+    title = "Bytes were not recorded" if whole is None else f"{size(whole)} in all messages"
     return Account(title, parts, " ".join(_traffic_note(run)))
+
+
+def _of_phases(run: Run, phases: Sequence[str]) -> float | None:
+    """Return the bytes of these phases, both ways; None if none was recorded."""
+    both = [run.section("traffic", phase) for phase in phases]
+    return total(group.get(key) for group in both if group for key in ("bytes_down", "bytes_up"))
 
 
 def _trunk_name(transfers: Sequence[int]) -> str:
@@ -61,7 +73,6 @@ def _traffic_note(run: Run) -> list[str]:
         note.append(f"A round moves {size(fmean(later))} on average, all sites and both directions.")
     parameters, dtype = upper.get("parameters"), upper.get("wire_dtype") or DASH
     note.append(f"The {grouped(parameters)} trained parameters travel as {dtype}.")
-    note.append("Setting up, the start and the test are not counted.")
     return note
 
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from statistics import quantiles
 
-from server.charts import Axis, Canvas, Dot, Forest, Line, Marker, Plot, Row, axis, round_axis, square
-from server.reading import Round, Run, Score, natural
-from server.wording import DASH, GAP, fixed, grouped, plural
+from server.report.charts import Axis, Canvas, Dot, Forest, Line, Marker, Plot, Row, axis, round_axis, square
+from server.report.reading import Round, Run, Score, natural
+from server.report.wording import DASH, GAP, fixed, grouped, plural
 
 MANY = 12  # more sites than this and a chart summarises them instead of naming each
 NAMED = 8  # more curves than this and the table below the chart is their legend
