@@ -18,9 +18,9 @@ def show(result: Mapping[str, Any], folder: Path, console: Console | None = None
     console = console or Console()
     if result["weights"]["source"] == "none":
         console.print("Random backbone weights (--weights none): these figures say nothing about transfer learning.")
-    table = Table(title=_title(result), title_justify="left")
-    for column in ("", "test images", "AUC", "95 % interval", "accuracy", "precision", "recall"):
-        table.add_column(column, justify="left" if column == "" else "right")
+    table = Table(title=_title(result), title_justify="left", padding=(0, 0, 0, 1))
+    for column in ("", "images", "AUC", "95 % interval", "accuracy", "precision", "recall"):
+        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     _row(table, "federated", result["test"]["pooled"])
     baselines = result["baselines"]
     if baselines:
@@ -39,7 +39,7 @@ def _title(result: Mapping[str, Any]) -> str:
 
 def _row(table: Table, name: str, figures: Mapping[str, Any]) -> None:
     interval = figures["auc_ci95"]
-    shown = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "–"
+    shown = f"{interval[0]:.3f}–{interval[1]:.3f}" if interval else "–"
     cells = [figures["auc"], shown, figures["accuracy"], figures["precision"], figures["recall"]]
     texts = [cell if isinstance(cell, str) else "–" if cell is None else f"{cell:.3f}" for cell in cells]
     table.add_row(name, str(figures["examples"]), *texts)

@@ -137,27 +137,29 @@ def test_the_cut_is_not_a_copy() -> None:
 
 
 class Masked(nn.Module):
-    """A model of which callers may ask another way with an optional argument."""
+    """A model that callers may ask another way with optional arguments, and that takes hold of a parameter early."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.body, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+        self.gain = nn.Parameter(torch.tensor([2.0, 3.0, 4.0, 5.0]))
         self.pretrained_cfg = {"classifier": "head"}
 
     def forward(self, x: Tensor, mask: Tensor | None = None, double: bool = False) -> Tensor:
+        gain = self.gain
         x = self.stem(x)
         if mask is not None:
             x = x * mask
         x = self.body(x)
         if double:
             x = x * 2
-        return self.head(x.mean((2, 3)))
+        return self.head(x.mean((2, 3)) * gain)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {"stem": "^stem", "blocks": [("^body", (0,))]}
+        return {"stem": "^stem|^gain", "blocks": [("^body", (0,))]}
 
 
-def test_optional_arguments_are_left_at_their_defaults() -> None:
+def test_optional_arguments_are_left_at_their_defaults_and_parameters_need_not_cross_the_cut() -> None:
     model, x = Masked().eval(), images(8)
     for cut in ("head", "stages:1", "all"):
         trunk, upper = split(model, cut)
@@ -455,7 +457,7 @@ def test_an_unknown_name_comes_with_the_nearest() -> None:
 
 @pytest.mark.parametrize("name", ["", "hf-hub:someone/something", "../resnet18", "zzzzzzzzzzzz"])
 def test_a_name_like_nothing_known_is_refused_too(name: str) -> None:
-    with pytest.raises(ConfigError, match="^--backbone: got "):
+    with pytest.raises(ConfigError, match=r"^--backbone: got "):
         create(name, image_size=None, seed=0)
 
 

@@ -269,7 +269,7 @@ def test_no_other_text_leaves_or_enters_as_a_code(text: str) -> None:
 
 @pytest.mark.parametrize("value", [1, 0.5, b"malformed", ["malformed"], True])
 def test_a_code_that_is_no_text_is_internal(value: Any) -> None:
-    with pytest.raises(SiteRefusal, match="^internal$"):
+    with pytest.raises(SiteRefusal, match=r"^internal$"):
         from_record(records(facts={"refused": value}), Done)
 
 

@@ -26,9 +26,9 @@ OTHER: dict[str, dict[str, Any]] = {
         "ridge": (1.0,), "dropout": 0.5, "trunk_sha256": "0" * 64,
     },
     "training": {
-        "strategy": "fedprox:0.1", "rounds": 3, "local_epochs": 2, "local_steps": 7, "batch_size": 8, "optimizer": "sgd",
-        "lr": 0.5, "weight_decay": 0.1, "schedule": "constant", "warmup": 0.1, "class_weights": "none",
-        "server_lr": 0.1, "server_momentum": 0.5,
+        "strategy": "fedprox:0.1", "rounds": 3, "local_epochs": 2, "local_steps": 7, "batch_size": 8,
+        "optimizer": "sgd", "lr": 0.5, "weight_decay": 0.1, "schedule": "constant", "warmup": 0.1,
+        "class_weights": "none", "server_lr": 0.1, "server_momentum": 0.5,
     },
     "privacy": {},
     "sites": {"names": ("north", "south"), "quorum": 1, "deadline_s": 5.0, "max_norm": 3.0},
@@ -64,9 +64,9 @@ def runs(draw: st.DrawFn) -> RunConfig:
     chosen = draw(st.lists(st.sampled_from(list(other_fields())), unique_by=lambda item: item[:2]))
     values: dict[str, dict[str, Any]] = {section: {} for section in OTHER}
     for section, key, value in chosen:
-        if (section, key) != ("training", "local_steps") or "local_epochs" not in values["training"]:
-            if (section, key) != ("training", "local_epochs") or "local_steps" not in values["training"]:
-                values[section][key] = value
+        values[section][key] = value
+    if "local_epochs" in values["training"]:
+        values["training"].pop("local_steps", None)
     values["task"] = {**values["task"], "labels": draw(st.lists(text, max_size=3)), "name": draw(text)}
     values["training"]["lr"] = draw(st.floats(1e-300, 100))
     simulation = draw(st.none() | st.builds(Simulation, dataset=text, data_root=text, sites=st.integers(1, 9)))

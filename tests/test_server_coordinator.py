@@ -10,10 +10,12 @@ import pytest
 
 from client.app import make_app
 from client.workshop import Workshop
-from common import codec, model
+from common import codec, metrics, model
 from common.errors import ConfigError, DataError, QuorumLost
 from common.messages import REQUEST_OF, Description, Summed, Trained, count_bytes
-from server.coordinator import HEAD_BIAS, HEAD_WEIGHT, Cast
+from server.coordinator import HEAD_BIAS, HEAD_WEIGHT, Cast, _competes
+from server.evaluation import Measured, first_edges
+from server.state import RunState
 from simulations.grid import InProcessGrid
 from simulations.hospitals import open_in_process
 
@@ -353,6 +355,40 @@ def test_rounds_compete_on_equal_examples_only(lab):
     assert examples == [20, 30, 30, 30]
     areas = [entry["validation"]["auc"] for entry in found.rounds]
     assert found.best_round == 1 + int(np.argmax(areas[1:]))
+
+
+@pytest.mark.parametrize(
+    ("examples", "auc", "best_examples", "best_score", "wins"),
+    [
+        (8, 1.0, 20, 0.6, False),  # an easier question, for a site is missing
+        (8, 0.5, 4, 0.9, True),
+        (8, 1.0, 8, 0.9, True),
+        (8, 0.5, 8, 0.9, False),
+        (8, 1.0, 8, 1.0, False),  # the first of equals stays
+        (8, 0.5, 0, None, True),
+        (0, None, 8, 0.1, False),
+        (0, None, 0, None, True),  # without validation the last round wins
+    ],
+)
+def test_which_of_two_rounds_wins(examples, auc, best_examples, best_score, wins):
+    labels = np.arange(examples) % 2
+    logits = np.stack([np.zeros(examples), labels if auc == 1.0 else np.zeros(examples)], axis=1)
+    edges = first_edges(2)
+    measured = Measured(edges, {"a": metrics.evaluate(logits, labels, edges)})
+    state = RunState(
+        round=2,
+        weights={},
+        best={},
+        best_round=1,
+        best_score=best_score,
+        best_examples=best_examples,
+        threshold=None,
+        strategy={},
+        fixed={},
+        edges=edges,
+    )
+    assert measured.summary(LABELS)["auc"] == auc
+    assert _competes(state, measured, LABELS) is wins
 
 
 @pytest.mark.slow

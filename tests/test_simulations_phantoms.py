@@ -23,6 +23,8 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from common.errors import DataError, UsageError
 from simulations import phantoms
 
+pytestmark = pytest.mark.slow  # drawing takes seconds
+
 SITES, IMAGES, SEED = 5, 260, 0
 REQUIRED = {
     "CR": "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber "
