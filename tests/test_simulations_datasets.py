@@ -19,7 +19,7 @@ from PIL import Image
 
 from client.preprocessing import PRESETS, preprocess_array, preprocessing_id
 from common.errors import ConfigError, ConsiliumError, DataError
-from simulations import phantoms
+from simulations import datasets, phantoms
 from simulations.datasets import ArraySource, load
 from simulations.splits import units
 
