@@ -125,8 +125,7 @@ class Site:
         return bench
 
     def _prepare(self, run: RunConfig) -> Done:
-        with threads():
-            self._bench(run).extractor.fill(self.cohort, run.data.views or 1, self._progress)
+        self._bench(run).extractor.fill(self.cohort, run.data.views or 1, self._progress)
         return Done()
 
     def _features(self, run: RunConfig) -> Features:

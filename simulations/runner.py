@@ -17,7 +17,7 @@ from client.features import Extractor
 from client.preprocessing import PRESETS, Preset
 from client.training import base_lr
 from client.views import Augmentation
-from client.workshop import Workshop, choose_device, threads
+from client.workshop import Workshop, choose_device
 from common import checkpoint, model
 from common.errors import CheckpointError, ConfigError, ConsiliumError, UsageError, unknown_value
 from common.files import write_atomic, write_json
@@ -172,10 +172,8 @@ def _fill(scene: Scene, cache: Path, progress: Progress) -> float:
         augmentation=Augmentation.of(preset),
         device=scene.device,
     )
-    with threads():
-        extractor.fill(
-            scene.dataset.cohort, scene.run.data.views or 1, lambda done, total: progress("features", done, total)
-        )
+    views = scene.run.data.views or 1
+    extractor.fill(scene.dataset.cohort, views, lambda done, total: progress("features", done, total))
     return time.monotonic() - begin
 
 
