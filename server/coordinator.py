@@ -296,14 +296,17 @@ class Coordinator:
     def _choose_head(
         self, first: Weights, heads: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]
     ) -> tuple[Weights, Edges]:
-        """Return the start with the head that scores best on pooled validation, and edges that suit its scores."""
+        """Return the start with the head that scores best on pooled validation, and edges that suit its scores.
+
+        Of equals, and without validation examples, the last one stands: the strongest penalty of a rising list.
+        """
         best: tuple[float, Weights, Edges] | None = None
         for weight, bias in heads:
             candidate = codec.through({**first, HEAD_WEIGHT: weight, HEAD_BIAS: bias}, self._run.wire.dtype)
             measured = self._measure("closed form", candidate, "validation", first_edges(len(bias)))
             score = score_for_choice(measured, self._run.task.labels)
             score = -np.inf if score is None else score
-            if best is None or score > best[0]:
+            if best is None or score >= best[0]:
                 best = (score, candidate, next_edges(measured))
         assert best is not None  # noqa: S101  the configuration holds at least one penalty
         return best[1], best[2]
