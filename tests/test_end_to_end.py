@@ -245,13 +245,17 @@ def test_a_resumed_run_keeps_its_configuration(finished: tuple[Path, dict], data
     assert code == 2 and "training.strategy" in message
 
 
-def run_process(*arguments: object, wait: bool = True) -> subprocess.Popen[bytes]:
+def start_process(*arguments: object) -> subprocess.Popen[bytes]:
     """Start the command as a process of its own."""
     command = [sys.executable, "-P", "-c", "from common.cli import main; main()", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ})
-    if wait:
-        process.wait(timeout=300)
-    return process
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def run_process(*arguments: object) -> tuple[int, str]:
+    """Run the command in a process of its own; return its exit code and standard error."""
+    with start_process(*arguments) as process:
+        _, errors = process.communicate(timeout=300)
+    return process.returncode, errors.decode()
 
 
 @pytest.mark.parametrize("lines", [1, 4])
@@ -270,19 +274,19 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(lines: int, data: Path,
         "--strategy",
         "fedadam",
     ]
-    assert run_process(*options, "--output", tmp_path / "whole").returncode == 0
-    process = run_process(*options, "--output", tmp_path / "killed", wait=False)
+    assert run_process(*options, "--output", tmp_path / "whole")[0] == 0
     log = tmp_path / "killed" / "rounds.jsonl"
     end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        if log.exists() and log.read_bytes().count(b"\n") >= lines:
-            os.kill(process.pid, signal.SIGKILL)
-            break
-        time.sleep(0.001)
-    process.communicate()
+    with start_process(*options, "--output", tmp_path / "killed") as process:
+        while time.monotonic() < end and process.poll() is None:
+            if log.exists() and log.read_bytes().count(b"\n") >= lines:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        process.communicate()
     assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
-    resumed = run_process("simulate", "--cache", cache, "--output", tmp_path / "killed", "--resume", "--quiet")
-    assert resumed.returncode == 0
+    code, errors = run_process("simulate", "--cache", cache, "--output", tmp_path / "killed", "--resume", "--quiet")
+    assert code == 0, errors
     for name in ("model/upper.safetensors", "model/model.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -290,15 +294,15 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(lines: int, data: Path,
 def test_a_crash_on_purpose_happens_once(data: Path, cache: Path, tmp_path: Path) -> None:
     options = ["simulate", "--dataset", data, "--cache", cache, *QUICK, "--no-baselines", "--output", tmp_path / "run"]
     fault = ["--fault", "crash:coordinator@2"]
-    assert run_process(*options, *fault).returncode == -signal.SIGKILL
-    assert run_process(*options, *fault, "--resume").returncode == 0
+    assert run_process(*options, *fault)[0] == -signal.SIGKILL
+    assert run_process(*options, *fault, "--resume")[0] == 0
 
 
 def test_ray_gives_the_same_bytes(finished: tuple[Path, dict], data: Path, cache: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is part of the extra 'simulation'")
     folder, _ = finished
     options = ["simulate", "--dataset", data, "--cache", cache, *QUICK, "--no-baselines", "--output", tmp_path / "run"]
-    assert run_process(*options, "--backend", "ray").returncode == 0
+    assert run_process(*options, "--backend", "ray")[0] == 0
     assert (tmp_path / "run/model/upper.safetensors").read_bytes() == (folder / "model/upper.safetensors").read_bytes()
 
 
@@ -325,6 +329,5 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         Image.fromarray(image).save(tmp_path / "images" / str(label) / f"{number}.png")
     for command in commands:
-        process = run_process(*shlex.split(command, comments=True))
-        expected = 3 if "--quorum" in command else 0
-        assert process.returncode == expected, (command, process.communicate()[1])
+        code, errors = run_process(*shlex.split(command, comments=True))
+        assert code == (3 if "--quorum" in command else 0), (command, errors)
