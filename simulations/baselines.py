@@ -38,9 +38,8 @@ def run_all(
     found: dict[str, Any] = {"pooled": pooled.test.summary(labels, pooled.threshold), "local": {}}
     for number, (name, cohort) in enumerate(sites.items(), start=1):
         progress("baselines", number, total)
-        alone = run_alone(start, name, with_test_of(pool, sites[name]), workshop, scratch)
+        alone = run_alone(start, name, with_test_of(pool, cohort), workshop, scratch)
         found["local"][name] = alone.test.summary(labels, alone.threshold)
-        del cohort
     progress("baselines", total, total)
     return found
 
