@@ -11,16 +11,14 @@ import hashlib
 import json
 import math
 import re
-import tomllib
 from collections.abc import Mapping
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from common.errors import ConfigError, unknown_value
+from common.strict import Section, parse_toml, validated
 
 WireType = Literal["float32", "bfloat16", "float16"]
 StrategyKind = Literal[
@@ -88,11 +86,7 @@ def _number(text: str, value: str, form: str, low: float, high: float) -> float:
     return number
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Task(_Section):
+class Task(Section):
     """What is learnt."""
 
     name: str = ""
@@ -100,7 +94,7 @@ class Task(_Section):
     kind: Literal["single-label"] = "single-label"
 
 
-class Data(_Section):
+class Data(Section):
     """How an image becomes the trunk's input."""
 
     preset: str = ""  # a name of client.preprocessing.PRESETS; empty: the data set's
@@ -111,7 +105,7 @@ class Data(_Section):
     preprocessing: str = ""  # preprocessing id, filled in when the run is resolved
 
 
-class Model(_Section):
+class Model(Section):
     """The backbone, where it is cut, and the head."""
 
     backbone: str = "tf_efficientnet_lite0"  # any timm classifier
@@ -144,7 +138,7 @@ class Model(_Section):
         return value
 
 
-class Training(_Section):
+class Training(Section):
     """Rounds, and what a site does in one."""
 
     strategy: str = "fedavg"
@@ -182,11 +176,11 @@ class Training(_Section):
         return Strategy.parse(self.strategy)
 
 
-class Privacy(_Section):
+class Privacy(Section):
     """Differential privacy: none in this version."""
 
 
-class Sites(_Section):
+class Sites(Section):
     """Who takes part, and how many answers a round needs."""
 
     names: Names = ()  # the explicit list, in text order
@@ -195,13 +189,13 @@ class Sites(_Section):
     max_norm: float | None = Field(default=None, gt=0)  # L2 norm above which an update is not admitted; None: no limit
 
 
-class Wire(_Section):
+class Wire(Section):
     """How weights travel."""
 
     dtype: WireType = "float32"
 
 
-class Simulation(_Section):
+class Simulation(Section):
     """Where a simulation's data came from and how they were cut into sites."""
 
     dataset: str = "phantoms"
@@ -215,7 +209,7 @@ class Simulation(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A run, complete: two runs of equal fingerprint on equal data end with equal bytes."""
 
     task: Task = Task()
@@ -247,64 +241,10 @@ class RunConfig(_Section):
         return build(parse_toml(text, where), where)
 
 
-def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """Return the content of a TOML text.
-
-    Raises:
-        ConfigError: the text is no TOML.
-    """
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where}: not TOML ({error})") from None
-
-
 def build(values: Mapping[str, Any], where: str) -> RunConfig:
     """Return the validated run of nested values.
 
     Raises:
         ConfigError: the first thing that is wrong, in one line.
     """
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, where)) from None
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Return the raw content of a TOML file.
-
-    Raises:
-        ConfigError: the file cannot be read or is no TOML.
-    """
-    try:
-        return parse_toml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read ({reason})") from None
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    """Turn pydantic's first complaint into `where: [section] key: got, expected`."""
-    first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    place = f"[{path[0]}] {'.'.join(path[1:])}".strip() if len(path) > 1 else ".".join(path)
-    if first["type"] == "extra_forbidden":
-        return f"{where}: {place}: unknown key{_nearest(path)}"
-    message = first["msg"].removeprefix("Value error, ")
-    got = "" if first["type"] == "value_error" else f"got {first['input']!r}, "
-    return f"{where}: {place}: {got}{message[0].lower()}{message[1:]}"
-
-
-def _nearest(path: list[str]) -> str:
-    fields = RunConfig.model_fields
-    if len(path) > 1 and path[0] in fields:
-        section = fields[path[0]].annotation
-        options = [candidate for candidate in get_args(section) or (section,) if hasattr(candidate, "model_fields")]
-        names = [name for option in options for name in option.model_fields]
-    else:
-        names = list(fields)
-    close = get_close_matches(path[-1], names, n=1)
-    if close:
-        return f" (did you mean {close[0]!r}?)"
-    return f", expected one of {', '.join(names)}" if names else ", expected none in this section"
+    return validated(RunConfig, values, where)

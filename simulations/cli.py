@@ -106,8 +106,8 @@ def simulate(**options: Any) -> int:
     """  # noqa: D301  click wants the backspace itself
     _quiet_dependencies()
     job = _job(options)
+    from common.progress import Reporter
     from simulations import closing, runner
-    from simulations.progress import Reporter
 
     logging.getLogger("flwr").setLevel(logging.ERROR)  # Flower sets its level when it is imported
 
@@ -161,7 +161,8 @@ def _job(options: dict[str, Any]) -> Any:
 def _checked_resume(options: dict[str, Any], given: dict[str, Any]) -> Any:
     """Return the job of a resumed run whose options are repeated; they must be the run's own."""
     from common.errors import ConfigError, UsageError
-    from common.run_config import build, read
+    from common.run_config import build
+    from common.strict import read_toml
     from simulations.grid import Fault
     from simulations.runner import Job
 
@@ -170,7 +171,7 @@ def _checked_resume(options: dict[str, Any], given: dict[str, Any]) -> Any:
     path = options["output"] / "run.toml"
     if not path.is_file():
         raise UsageError(f"--resume: {options['output']} holds no run (no run.toml); leave --resume out to start one")
-    held = build(read(path), str(path))
+    held = build(read_toml(path), str(path))
     wanted = merged(_file_values(options), given)
     build(wanted, "options")
     for place, value in _leaves(wanted):
@@ -186,11 +187,12 @@ def _checked_resume(options: dict[str, Any], given: dict[str, Any]) -> Any:
 
 def _file_values(options: dict[str, Any]) -> dict[str, Any]:
     """Return the content of --config, checked by itself, so that an error names the file."""
-    from common.run_config import build, read
+    from common.run_config import build
+    from common.strict import read_toml
 
     if options["config"] is None:
         return {}
-    values = read(options["config"])
+    values = read_toml(options["config"])
     build(values, str(options["config"]))
     return values
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from common.errors import ConfigError
-from common.run_config import RunConfig, Simulation, Strategy, StrategyKind, WireType, build, parse_toml, read
+from common.run_config import RunConfig, Simulation, Strategy, StrategyKind, WireType, build
+from common.strict import parse_toml, read_toml
 
 # Another value than the default for every field that the federation agrees on.
 OTHER: dict[str, dict[str, Any]] = {
@@ -303,7 +304,7 @@ def test_strategies_that_are_none(text: str, expected: str) -> None:
 def test_a_file_is_read_as_it_stands(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('seed = 3\n[task]\nname = "Lunge é"\n', encoding="utf-8")
-    assert read(path) == {"seed": 3, "task": {"name": "Lunge é"}}
+    assert read_toml(path) == {"seed": 3, "task": {"name": "Lunge é"}}
 
 
 def test_a_file_that_cannot_be_read_says_why_in_one_line(tmp_path: Path) -> None:
@@ -316,7 +317,7 @@ def test_a_file_that_cannot_be_read_says_why_in_one_line(tmp_path: Path) -> None
         ("none.toml", "not TOML ("),
     ]:
         with pytest.raises(ConfigError) as caught:
-            read(tmp_path / name)
+            read_toml(tmp_path / name)
         assert str(caught.value).startswith(f"{tmp_path / name}: {reason}")
         assert "\n" not in str(caught.value)
 
