@@ -14,7 +14,7 @@ install: .venv/installed ## make .venv and install the project with its extras (
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[embedded,simulation,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[embedded,pacs,simulation,dev]'
 	touch $@
 
 demo: install ## the main job: a federation of five drawn hospitals, its report in runs/
