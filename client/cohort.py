@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from common import multilabel
+from common.run_config import TaskKind
 
 SPLITS = ("train", "validation", "test")
 
@@ -19,21 +23,35 @@ class Cohort:
     """Examples of one site, or of the whole pool before it is partitioned.
 
     N examples; the pixels stay where they are (`source` reads them on demand), so a subset costs nothing.
+
+    Raises:
+        ValueError: labels of several an image that are neither NaN nor in 0 to 1.
     """
 
     source: PixelSource
     rows: NDArray[np.int64]  # (N,) row numbers that `source` takes
     digests: NDArray[np.uint8]  # (N, 32) SHA-256 of the decoded image, before resizing
-    labels: NDArray[np.int64]  # (N,) index into label_names
+    # (N,) int64, index into label_names; or, of several labels an image, (N, K) float32: 1 present, 0 absent, a share
+    # in between where that is uncertain, NaN not annotated
+    labels: NDArray[Any]
     splits: NDArray[np.int8]  # (N,) index into SPLITS
     patients: NDArray[np.int64]  # (N,) equal for images of one patient; unique where patients are unknown
     label_names: tuple[str, ...]
     preprocessing: str  # preprocessing id: decides, with the digest, every bit of the preprocessed image
     quarantine: Mapping[str, int] = field(default_factory=dict)  # reason code -> files
 
+    def __post_init__(self) -> None:
+        if self.labels.ndim != 1:
+            multilabel.check_targets(self.labels)
+
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.rows)
+
+    @property
+    def kind(self) -> TaskKind:
+        """Whether an image has one label or several."""
+        return "single-label" if self.labels.ndim == 1 else "multi-label"
 
     def subset(self, indices: NDArray[np.int64]) -> Cohort:
         """Return the cohort of these examples, in this order; quarantine stays with the whole."""
@@ -56,5 +74,18 @@ class Cohort:
         return self.source(self.rows[indices])
 
     def support(self, split: str) -> NDArray[np.int64]:
-        """Return how many examples of each label a split holds: (K,)."""
-        return np.bincount(self.labels[self.indices(split)], minlength=len(self.label_names))
+        """Return how many examples of each label a split holds: (K,).
+
+        Of several labels an image, how many examples are in which state of `common.multilabel.STATES`: (4, K).
+        """
+        labels = self.labels[self.indices(split)]
+        if self.kind == "multi-label":
+            return multilabel.count_states(labels)
+        return np.bincount(labels, minlength=len(self.label_names))
+
+    def aligned(self, label_names: tuple[str, ...]) -> Cohort:
+        """Return the cohort with the labels of a run, by name: of several an image, one that it lacks is masked."""
+        if self.kind == "single-label" or label_names == self.label_names:
+            return self
+        columns = multilabel.aligned(self.labels, self.label_names, label_names)
+        return replace(self, labels=columns, label_names=label_names)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from client.features import Features
-from common import metrics
+from common import metrics, multilabel
 from common.backbone import Upper
 from common.metrics import Evaluation
+from common.multilabel import LabelwiseEvaluation
 
 CHUNK = 256
 """Examples a forward pass."""
@@ -27,10 +30,12 @@ def logits(upper: Upper, features: Features, indices: NDArray[np.int64]) -> NDAr
 
 
 def evaluate(
-    upper: Upper, features: Features, labels: NDArray[np.int64], indices: NDArray[np.int64], edges: NDArray[np.float64]
-) -> Evaluation:
-    """Return the additive statistics of these examples on the shared edges."""
-    return metrics.evaluate(logits(upper, features, indices), labels[indices], edges)
+    upper: Upper, features: Features, labels: NDArray[Any], indices: NDArray[np.int64], edges: NDArray[np.float64]
+) -> Evaluation | LabelwiseEvaluation:
+    """Return the additive statistics of these examples on the shared edges; `labels` are those of a cohort."""
+    count = metrics.evaluate if labels.ndim == 1 else multilabel.evaluate
+    found: Evaluation | LabelwiseEvaluation = count(logits(upper, features, indices), labels[indices], edges)
+    return found
 
 
 @torch.inference_mode()

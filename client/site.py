@@ -60,6 +60,7 @@ class Site:
         self._progress = progress
         self._run = _remembered(memory)
         self._fingerprint = self._run.fingerprint() if self._run else ""
+        self._labels = self._run_labels()
         self._frozen: Frozen | None = memory.frozen()
         self._cached: Features | None = None
 
@@ -85,6 +86,10 @@ class Site:
             case Evaluate():
                 return self._evaluate(self._known(request.fingerprint), request)
 
+    def _run_labels(self) -> NDArray[Any]:
+        """Return the labels of the cohort as the run has them: of several an image, one that is not held is masked."""
+        return (self.cohort.aligned(self._run.task.labels) if self._run else self.cohort).labels
+
     def _known(self, fingerprint: str) -> RunConfig:
         if self._run is None or fingerprint != self._fingerprint:
             raise SiteRefusal("unknown_run")
@@ -95,7 +100,7 @@ class Site:
             run = RunConfig.from_toml(request.run)
         except ConfigError:
             raise SiteRefusal("malformed") from None
-        if run.task.labels != self.cohort.label_names:
+        if not _labels_fit(run, self.cohort):
             raise SiteRefusal("labels_differ")
         if run.data.preprocessing != self.cohort.preprocessing:
             raise SiteRefusal("preprocessing_differs")
@@ -103,7 +108,9 @@ class Site:
             self._memory.remember_run(request.run)
             self._frozen, self._cached = None, None
         self._run, self._fingerprint = run, run.fingerprint()
-        support = np.stack([self.cohort.support(split) for split in SPLITS])
+        self._labels = self._run_labels()
+        aligned = self.cohort.aligned(run.task.labels)
+        support = np.stack([aligned.support(split) for split in SPLITS])
         held = self._memory.trunk() if self._memory.trunk_content() is not None else ""
         return Description(self.name, support, held)
 
@@ -138,8 +145,7 @@ class Site:
         return self._cached
 
     def _statistics(self, run: RunConfig, request: Statistics) -> Summed:
-        if request.class_weights.shape != (len(run.task.labels),):
-            raise SiteRefusal("malformed")
+        _check_class_weights(request.class_weights, run)
         bench, features = self._bench(run), self._features(run)
         if not parameters.head_alone(bench.upper.trainable()):  # what the head reads depends on the blocks below it
             model.load_trainable(bench.upper, _received(run, bench, request.weights))
@@ -147,22 +153,23 @@ class Site:
         with threads():
             inputs = evaluation.head_inputs(bench.upper, features, indices)
             labels = self._labels_of_inputs(indices, features.views)
-            found = analytic.sums(inputs, labels, request.class_weights, gram=request.gram)
+            add = analytic.sums if labels.ndim == 1 else analytic.labelwise_sums
+            found = add(inputs, labels, request.class_weights, gram=request.gram)
         return Summed(**found.__dict__)
 
-    def _labels_of_inputs(self, indices: NDArray[np.int64], views: int) -> NDArray[np.int64]:
+    def _labels_of_inputs(self, indices: NDArray[np.int64], views: int) -> NDArray[Any]:
         """Return labels in the order of `evaluation.head_inputs`: chunk by chunk, view by view."""
-        labels = self.cohort.labels[indices]
+        labels = self._labels[indices]
         size = evaluation.CHUNK
-        return np.concatenate(
-            [np.tile(labels[start : start + size], views) for start in range(0, len(labels), size)] or [labels]
-        )
+        chunks = [labels[start : start + size] for start in range(0, len(labels), size)]
+        return np.concatenate([chunk for chunk in chunks for _ in range(views)] or [labels])
 
     def _freeze(self, run: RunConfig, request: Freeze) -> Done:
         linear = self._bench(run).upper.head.linear
-        width, labels = (linear.in_features,), (linear.out_features,)
-        if (request.mean.shape, request.scale.shape, request.class_weights.shape) != (width, width, labels):
+        width = (linear.in_features,)
+        if (request.mean.shape, request.scale.shape) != (width, width):
             raise SiteRefusal("malformed")  # NumPy and torch would spread a single number over all inputs
+        _check_class_weights(request.class_weights, run)
         self._frozen = self._memory.remember_frozen(request)
         return Done()
 
@@ -186,13 +193,14 @@ class Site:
             fitted = training.fit(
                 bench.upper,
                 features,
-                torch.from_numpy(self.cohort.labels).to(features.device),
+                torch.from_numpy(self._labels).to(features.device),
                 self.cohort.indices("train"),
                 run.training,
                 round_number=request.round,
                 class_weights=torch.from_numpy(np.array(frozen["class_weights"], np.float32)).to(features.device),
                 seed=run.seed,
                 site=self.name,
+                patients=self.cohort.patients,
             )
         update = parameters.subtract(model.trainable_values(bench.upper), received)
         return Trained(
@@ -213,7 +221,7 @@ class Site:
         self, bench: Bench, features: Features, split: str, edges: NDArray[np.float64]
     ) -> dict[str, NDArray[Any]]:
         indices = self.cohort.indices(split)
-        return evaluation.evaluate(bench.upper, features, self.cohort.labels, indices, edges).arrays()
+        return evaluation.evaluate(bench.upper, features, self._labels, indices, edges).arrays()
 
 
 def _remembered(memory: Memory) -> RunConfig | None:
@@ -222,6 +230,23 @@ def _remembered(memory: Memory) -> RunConfig | None:
         return RunConfig.from_toml(memory.run() or "") if memory.run() else None
     except ConfigError:
         return None
+
+
+def _labels_fit(run: RunConfig, cohort: Cohort) -> bool:
+    """Return whether a cohort can take part: with the run's labels, or some of them where an image has several."""
+    if run.task.kind != cohort.kind:
+        return False
+    if cohort.kind == "multi-label":
+        return not set(run.task.labels).isdisjoint(cohort.label_names)
+    return run.task.labels == cohort.label_names
+
+
+def _check_class_weights(weights: NDArray[np.float64], run: RunConfig) -> None:
+    """Refuse weights of another shape than the run's labels have, and such as are not finite or below zero."""
+    labels = len(run.task.labels)
+    shape = (2, labels) if run.task.kind == "multi-label" else (labels,)
+    if weights.shape != shape or not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise SiteRefusal("malformed")
 
 
 def _received(run: RunConfig, bench: Bench, vector: NDArray[np.generic]) -> Parameters:

@@ -62,11 +62,16 @@ def learning_rate(training: Training, base: float, progress: float) -> float:
     return base * 0.5 * (1 + math.cos(math.pi * (progress - training.warmup) / (1 - training.warmup)))
 
 
-def steps_per_round(training: Training, examples: int) -> int:
-    """Return the optimiser steps of one round at a site; none without examples."""
-    if training.local_steps is not None and examples:
+def steps_per_round(training: Training, drawn: int) -> int:
+    """Return the optimiser steps of one round at a site; none without examples.
+
+    Args:
+        training: the run's section.
+        drawn: what one pass visits: the examples, or their patients.
+    """
+    if training.local_steps is not None and drawn:
         return training.local_steps
-    return (training.local_epochs or 1) * math.ceil(examples / training.batch_size)
+    return (training.local_epochs or 1) * math.ceil(drawn / training.batch_size)
 
 
 def fit(
@@ -80,32 +85,35 @@ def fit(
     class_weights: Tensor,
     seed: int,
     site: str,
+    patients: NDArray[np.int64] | None = None,
 ) -> Fitted:
     """Train `upper` in place from the weights it holds.
 
-    The loss is the cross-entropy, weighted by label; FedProx adds (μ/2)·‖w − w_received‖² over the trainable
-    parameters (Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020, eq. 2).
+    The loss is `weighted_loss`; FedProx adds (μ/2)·‖w − w_received‖² over the trainable parameters (Li et al.,
+    Federated Optimization in Heterogeneous Networks, MLSys 2020, eq. 2).
 
     Args:
         upper: weights as received.
         features: of the site's examples.
-        labels: (N,) on the features' device.
+        labels: (N,) or (N, K) as a cohort has them, on the features' device.
         indices: the examples to train on.
         training: the run's section.
         round_number: 1 for the first.
-        class_weights: (K,) on the features' device.
+        class_weights: (K,) or (2, K) on the features' device.
         seed: the run's.
         site: its name; decides the order of examples together with seed and round.
+        patients: (N,) whose each example is; needed where the run draws patients.
     """
     statistics = norm_statistics(upper)
     parameters = list(upper.trainable().values())
     received = [parameter.detach().clone() for parameter in parameters]
     deep = upper.body is not None
     optimizer = _optimizer(training, parameters, base_lr(training, deep=deep))
-    steps = steps_per_round(training, len(indices))
+    pool = Pool.of(indices, patients if training.draw == "patients" else None)
+    steps = steps_per_round(training, len(pool))
     total = torch.zeros((), device=labels.device)
     upper.train()
-    stream = _batches(indices, features.views, training.batch_size, steps, derive(seed, "train", site, round_number))
+    stream = _batches(pool, features.views, training.batch_size, steps, derive(seed, "train", site, round_number))
     mu = training.rule.parameter if training.rule.kind == "fedprox" else 0.0
     draws = deep or upper.head.dropout.p > 0  # a plain head draws nothing, and a stream costs as much as ten steps
     stream_of_dropout = _dropout_stream(derive(seed, "dropout", site, round_number), labels.device)
@@ -129,11 +137,40 @@ def fit(
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
-    """Return the mean of w_y · cross-entropy.
+    """Return the mean of w_y · cross-entropy over examples, or of several labels an image over their annotations.
 
     It divides by the number of examples, not by their weight: else a site with one label would not feel the weights.
+
+    Args:
+        logits: (B, K).
+        labels: (B,) indices, or (B, K) targets in 0..1 with NaN where an example was not annotated.
+        class_weights: (K,), or (2, K) of absent and present.
     """
-    return functional.cross_entropy(logits.float(), labels, weight=class_weights, reduction="none").mean()
+    if labels.dim() == 1:
+        return example_losses(logits, labels, class_weights).mean()
+    losses, known = _annotation_losses(logits, labels, class_weights)
+    return losses.sum() / known.sum().clamp(min=1)
+
+
+def example_losses(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
+    """Return each example's loss, (B,): of several labels an image the mean over its own annotations, 0 without any.
+
+    Their mean is `weighted_loss` where all examples have as many annotations.
+    """
+    if labels.dim() == 1:
+        return functional.cross_entropy(logits.float(), labels, weight=class_weights, reduction="none")
+    losses, known = _annotation_losses(logits, labels, class_weights)
+    return losses.sum(1) / known.sum(1).clamp(min=1)
+
+
+def _annotation_losses(logits: Tensor, targets: Tensor, class_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return -w₁ t ln p - w₀ (1 - t) ln(1 - p) with p = 1 / (1 + exp(-z)), 0 where not annotated, and where it is."""
+    known = ~targets.isnan()
+    share = targets.where(known, 0.0)  # a NaN times 0 is a NaN, in the gradient as well
+    z = logits.float()
+    absent, present = class_weights
+    losses = present * share * functional.softplus(-z) + absent * (1 - share) * functional.softplus(z)
+    return losses * known, known
 
 
 def add_proximal_gradient(parameters: list[nn.Parameter], received: list[Tensor], mu: float | None) -> None:
@@ -150,15 +187,41 @@ def _optimizer(training: Training, parameters: list[nn.Parameter], lr: float) ->
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=training.weight_decay, fused=True)
 
 
-def _batches(
-    indices: NDArray[np.int64], views: int, size: int, steps: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (view, index) of each batch: passes over shuffled examples, each in a view drawn at random."""
+@dataclass(frozen=True)
+class Pool:
+    """What a pass visits: every example once, or every patient once with one of the examples."""
+
+    examples: Tensor  # (n,) of int64, those of one patient side by side
+    first: Tensor | None = None  # (P,) where each patient's examples begin; None: every example is visited
+    count: Tensor | None = None  # (P,) how many there are
+
+    @staticmethod
+    def of(indices: NDArray[np.int64], patients: NDArray[np.int64] | None = None) -> Pool:
+        """Return the pool of these examples, with `patients` (N,) that of their patients."""
+        if patients is None:
+            return Pool(torch.from_numpy(indices))
+        order = indices[np.argsort(patients[indices], kind="stable")]
+        _, first, count = np.unique(patients[order], return_index=True, return_counts=True)
+        return Pool(*(torch.from_numpy(part) for part in (order, first, count)))
+
+    def __len__(self) -> int:
+        """Return how many examples a pass has."""
+        return len(self.examples if self.first is None else self.first)
+
+    def drawn(self, generator: torch.Generator) -> Tensor:
+        """Return the examples of one pass, not shuffled; of a patient each example is as likely as any other."""
+        if self.first is None or self.count is None:
+            return self.examples
+        chosen = torch.rand(len(self), generator=generator, dtype=torch.float64) * self.count  # below `count`
+        return self.examples[self.first + chosen.long()]
+
+
+def _batches(pool: Pool, views: int, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (view, index) of each batch: shuffled passes over the pool, each example in a view drawn at random."""
     generator = torch.Generator().manual_seed(seed)
-    pool = torch.from_numpy(indices)
     left = steps
     while left > 0:
-        order = pool[torch.randperm(len(pool), generator=generator)]
+        order = pool.drawn(generator)[torch.randperm(len(pool), generator=generator)]
         drawn = torch.randint(views, (len(pool),), generator=generator)
         for start in range(0, min(len(pool), left * size), size):
             yield drawn[start : start + size], order[start : start + size]

@@ -11,6 +11,11 @@ With z = (x - μ) ⊙ c, and z̄, t̄ the weighted means,
     W = (Σ w (z - z̄)(z - z̄)ᵀ + λ m I)⁻¹ Σ w (z - z̄)(t - t̄)ᵀ,   b = t̄ - z̄ᵀ W,
 
 and the logits are `LOGIT_SCALE` (zᵀ W + b). Hoerl and Kennard, Ridge Regression, Technometrics 12 (1970), eq. 2.1.
+
+With several labels an image each label k is a problem of its own, of present against absent: its sums m, a, u, G, C run
+over the examples that are annotated for it, an example of target t (1, 0 or a share in between) counting as t of an
+example with w = w₁ₖ, t = 1 and 1 - t of one with w = w₀ₖ, t = 0. The logit of a label is what two labels would differ
+by, `LOGIT_SCALE` (2 (zᵀ Wₖ + bₖ) - 1).
 """
 
 from __future__ import annotations
@@ -39,10 +44,12 @@ class Sums:
     count: Vector  # (1,) n
     total: Vector  # (W,) s
     squares: Vector  # (W,) q
-    weight: Vector  # (1,) m
-    weighted: Vector  # (W,) a
+    weight: Vector  # (1,) m; several labels: (K,)
+    weighted: Vector  # (W,) a; several labels: (K, W)
     targets: Vector  # (K,) u
-    gram: Vector  # (W (W + 1) / 2,) upper triangle of G, row by row; (0,) when only mean and deviation are wanted
+    # (W (W + 1) / 2,) upper triangle of G, row by row; several labels: (K, W (W + 1) / 2). (0,) and (K, 0) when only
+    # mean and deviation are wanted
+    gram: Vector
     cross: Vector  # (W, K) C; (0, 0) likewise
 
     def __add__(self, other: Sums) -> Sums:
@@ -75,15 +82,49 @@ def sums(inputs: Vector, labels: NDArray[np.int64], class_weights: Vector, *, gr
     )
 
 
+def labelwise_sums(inputs: Vector, targets: NDArray[np.float32], class_weights: Vector, *, gram: bool) -> Sums:
+    """Return the additive statistics of examples with several labels.
+
+    Args:
+        inputs: (n, W) head inputs, not standardised.
+        targets: (n, K) in 0..1, NaN where an example was not annotated for a label.
+        class_weights: (2, K) weight of an example in which a label is absent, and present.
+        gram: whether the closed form is wanted, or mean and deviation alone.
+    """
+    known = ~np.isnan(targets)
+    share = np.where(known, targets, 0).astype(np.float64)
+    present = class_weights[1] * share
+    weights = present + class_weights[0] * (known - share)
+    return Sums(
+        count=np.array([float(len(targets))]),
+        total=inputs.sum(0),
+        squares=np.square(inputs).sum(0),
+        weight=weights.sum(0),
+        weighted=weights.T @ inputs,
+        targets=present.sum(0),
+        gram=np.stack([_gram(inputs, column) for column in weights.T]) if gram else np.zeros((targets.shape[1], 0)),
+        cross=inputs.T @ present if gram else np.zeros((0, 0)),
+    )
+
+
+def _gram(inputs: Vector, weights: Vector) -> Vector:
+    """Return the upper triangle of Σ w x xᵀ over the examples that weigh anything."""
+    kept = np.flatnonzero(weights)
+    chosen = inputs[kept]
+    return ((chosen * weights[kept, None]).T @ chosen)[np.triu_indices(inputs.shape[1])]
+
+
 def balanced_weights(support: NDArray[np.int64]) -> Vector:
     """Return n / (K n_k): every label then weighs the same. Labels without examples get 1.
+
+    Of several labels an image, (2, K) counts of absent and present give the weights of each label's two sides, (2, K).
 
     Examples:
         >>> balanced_weights(np.array([1, 3]))
         array([2.        , 0.66666667])
     """
     present = np.maximum(support, 1)
-    return np.where(support > 0, support.sum() / (len(support) * present), 1.0)
+    return np.where(support > 0, support.sum(0) / (len(support) * present), 1.0)
 
 
 def standardiser(pooled: Sums) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -123,14 +164,46 @@ def ridge_heads(
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Return the linear layer (weight (K, W), bias (K,)) of each ridge penalty, on standardised inputs.
 
+    Of several labels an image, one without any annotation gets zeros.
+
     Args:
         pooled: summed statistics with the Gram matrix.
         mean: (W,) of the standardiser.
         scale: (W,) of the standardiser.
         penalties: λ, per example.
     """
+    if pooled.gram.ndim == 2:
+        return _labelwise_heads(pooled, mean, scale, penalties)
     moments = _moments(pooled, mean, scale)
     return [_solve(moments, penalty * float(pooled.weight[0])) for penalty in penalties]
+
+
+def _labelwise_heads(
+    pooled: Sums, mean: NDArray[np.float32], scale: NDArray[np.float32], penalties: tuple[float, ...]
+) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    (labels, _), width = pooled.gram.shape, len(pooled.total)
+    heads = [(np.zeros((labels, width), np.float32), np.zeros(labels, np.float32)) for _ in penalties]
+    for label in np.flatnonzero(pooled.weight > 0).tolist():
+        moments = _moments(_of_label(pooled, label), mean, scale)
+        for (weight, bias), penalty in zip(heads, penalties, strict=True):
+            row, offset = _solve(moments, penalty * float(pooled.weight[label]))
+            weight[label], bias[label] = 2 * row[0], 2 * offset[0] - LOGIT_SCALE
+    return heads
+
+
+def _of_label(pooled: Sums, label: int) -> Sums:
+    """Return the sums of one of several labels, as if it were the only one."""
+    one = slice(label, label + 1)
+    return Sums(
+        count=pooled.count,
+        total=pooled.total,
+        squares=pooled.squares,
+        weight=pooled.weight[one],
+        weighted=pooled.weighted[label],
+        targets=pooled.targets[one],
+        gram=pooled.gram[label],
+        cross=pooled.cross[:, one],
+    )
 
 
 def _solve(moments: _Moments, ridge: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -21,7 +21,7 @@ REFUSALS = (
     "unknown_run",  # it names a run that was not described to this site
     "unknown_trunk",  # the run's trunk was not received, or its hash differs
     "not_prepared",  # training or evaluation before features and standardiser are there
-    "labels_differ",  # the site's labels are not the run's
+    "labels_differ",  # the site's labels are not the run's, or of another kind
     "preprocessing_differs",  # the site's images were preprocessed in another way
     "internal",  # the site failed; its own log says why
 )
@@ -48,7 +48,9 @@ class Description:
     """What a site brings."""
 
     site: str
-    support: NDArray[np.int64]  # (3, K) examples by split and label
+    # (3, K) examples by split and label; several labels an image: (3, 4, K) by split, state of the annotation
+    # (`common.multilabel.STATES`) and label of the run, so that every column of a split sums to its examples
+    support: NDArray[np.int64]
     trunk_sha256: str  # of the trunk it holds; empty for none
 
 
@@ -73,7 +75,7 @@ class Statistics:
     """Ask for the sums behind the standardiser and, if wanted, the closed-form head."""
 
     fingerprint: str
-    class_weights: NDArray[np.float64]  # (K,)
+    class_weights: NDArray[np.float64]  # (K,); several labels an image: (2, K) of absent and present
     gram: bool
     # The trainable values before round 1, flat, at the wire precision: what the head reads depends on those of the
     # blocks above the cut. Empty where a head alone is trained.
@@ -101,7 +103,7 @@ class Freeze:
     fingerprint: str
     mean: NDArray[np.float32]  # (W,)
     scale: NDArray[np.float32]  # (W,)
-    class_weights: NDArray[np.float64]  # (K,) of the training loss
+    class_weights: NDArray[np.float64]  # of the training loss: (K,), or (2, K) of absent and present
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,12 @@ class Train:
     fingerprint: str
     round: int
     weights: NDArray[np.generic]  # flat, at the wire precision
-    edges: NDArray[np.float64]  # (R, B - 1) shared histogram edges
+    edges: NDArray[np.float64]  # (R, B - 1) shared histogram edges; several labels an image: (K, B - 1)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A site's part in a round."""
+    """A site's part in a round; the statistics are those of an `Evaluation` or a `LabelwiseEvaluation`."""
 
     weights: NDArray[np.generic]  # the change relative to the weights received, flat, at the wire precision
     num_examples: int

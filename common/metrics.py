@@ -106,6 +106,16 @@ class Evaluation:
         return len(self.confusion)
 
     @property
+    def bins(self) -> int:
+        """The number of histogram bins B."""
+        return int(self.positives.shape[1])
+
+    @property
+    def mean_log_loss(self) -> float | None:
+        """The mean of -ln p of the true label; None without examples."""
+        return self.log_loss / self.examples if self.examples else None
+
+    @property
     def support(self) -> Counts:
         """(K,) examples of each true label."""
         return np.asarray(self.confusion.sum(axis=1))
@@ -599,7 +609,7 @@ def summarise(
     n = evaluation.examples
     _, confidence, correct = evaluation.calibration.T
     per_class = [
-        _confusion_figures(evaluation.confusion, label) | _histogram_figures(pos, neg)
+        _confusion_figures(evaluation.confusion, label) | histogram_figures(pos, neg)
         for label, (pos, neg) in enumerate(_one_against_rest(evaluation))
     ]
     leading = per_class[1:] if evaluation.num_labels == 2 else per_class
@@ -610,10 +620,10 @@ def summarise(
         "examples": n,
         "support": dict(zip(label_names, evaluation.support.tolist(), strict=True)),
         "accuracy": _ratio(int(np.trace(evaluation.confusion)), n),
-        "balanced_accuracy": _mean(figures["recall"] for figures in per_class),
-        **{name: _mean(figures[name] for figures in leading) for name in PER_LABEL},
-        "auc_ci95": _mean_interval(leading),
-        "average_precision": _mean(figures["average_precision"] for figures in leading),
+        "balanced_accuracy": mean(figures["recall"] for figures in per_class),
+        **{name: mean(figures[name] for figures in leading) for name in PER_LABEL},
+        "auc_ci95": mean_interval(leading),
+        "average_precision": mean(figures["average_precision"] for figures in leading),
         "ece": _ratio(float(np.abs(confidence - correct).sum()), n),
         "brier": _ratio(evaluation.brier, n),
         "per_class": {
@@ -653,7 +663,8 @@ def _confusion_figures(confusion: Counts, label: int) -> dict[str, float | None]
     }
 
 
-def _histogram_figures(pos: Counts, neg: Counts) -> dict[str, float | None]:
+def histogram_figures(pos: Counts, neg: Counts) -> dict[str, float | None]:
+    """Return AUC, its bound and standard error, and average precision of one label's histograms (B,) and (B,)."""
     auc, bound = auc_from_histogram(pos, neg)
     return {
         "auc": auc,
@@ -663,11 +674,12 @@ def _histogram_figures(pos: Counts, neg: Counts) -> dict[str, float | None]:
     }
 
 
-def _mean_interval(leading: Sequence[Mapping[str, float | None]]) -> list[float] | None:
+def mean_interval(leading: Sequence[Mapping[str, float | None]]) -> list[float] | None:
+    """Return the 95 % interval of the mean AUC of labels, each with what `histogram_figures` gives."""
     defined = [figures for figures in leading if figures["auc"] is not None]
     if any(figures["auc_error"] is None for figures in defined):
         return None
-    interval = _interval(_mean(f["auc"] for f in defined), _mean(f["auc_error"] for f in defined))
+    interval = _interval(mean(f["auc"] for f in defined), mean(f["auc_error"] for f in defined))
     return None if interval is None else list(interval)
 
 
@@ -675,7 +687,7 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of those values that are defined, None if none is."""
     defined = [value for value in values if value is not None]
     return math.fsum(defined) / len(defined) if defined else None

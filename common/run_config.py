@@ -21,6 +21,7 @@ from common.errors import ConfigError, unknown_value
 from common.strict import Section, parse_toml, validated
 
 WireType = Literal["float32", "bfloat16", "float16"]
+TaskKind = Literal["single-label", "multi-label"]
 StrategyKind = Literal[
     "fedavg",
     "analytic",
@@ -39,6 +40,8 @@ _PARAMETERS: dict[str, tuple[str, float, float]] = {
     "trimmed-mean": ("BETA", 0.0, 0.5),
 }
 
+Uncertain = Literal["ignore", "zeros", "ones", "soft"]
+Blank = Literal["zeros", "ignore"]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 
@@ -91,7 +94,7 @@ class Task(Section):
 
     name: str = ""
     labels: Names = ()  # in the order of the model's outputs
-    kind: Literal["single-label"] = "single-label"
+    kind: TaskKind = "single-label"  # one label an image, or several, each present or absent
 
 
 class Data(Section):
@@ -103,6 +106,9 @@ class Data(Section):
         default=None, ge=1, le=16
     )  # cached views an image, the first unchanged; None: the preset's
     preprocessing: str = ""  # preprocessing id, filled in when the run is resolved
+    # What becomes of annotations of several labels an image: of -1, "not sure" (soft is 0.5), and of an empty one
+    uncertain: Uncertain = "ignore"
+    blank: Blank = "zeros"
 
 
 class Model(Section):
@@ -146,6 +152,7 @@ class Training(Section):
     local_epochs: int | None = Field(default=None, ge=1, le=10_000)  # passes over a site's training split a round
     local_steps: int | None = Field(default=None, ge=1, le=1_000_000)  # or fixed optimiser steps a round
     batch_size: int = Field(default=32, ge=1, le=65_536)
+    draw: Literal["images", "patients"] = "images"  # what a pass visits once; of a patient, one image at random
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float | None = Field(default=None, gt=0, le=100)  # None: 3e-4 for the head alone, 1e-4 for deeper cuts
     weight_decay: float = Field(default=0.0, ge=0)

@@ -12,11 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import codec, parameters
+from common.analytic import Sums
 from common.codec import Shapes
 from common.errors import ConsiliumError
-from common.messages import Evaluated, Trained
+from common.messages import Evaluated, Statistics, Summed, Trained
 from common.metrics import FIELDS, Evaluation
+from common.multilabel import STATES, LabelwiseEvaluation
 from common.run_config import WireType
+from server import census
+from server.evaluation import Statistic
 
 REASONS = (
     "wrong_shape",  # not the run's number of values at the wire precision
@@ -38,7 +42,7 @@ class Expectation:
 
     shapes: Shapes
     wire: WireType
-    support: NDArray[np.int64]  # (3, K) declared examples by split and label
+    support: NDArray[np.int64]  # what the site declared, as `server.census` has it
     max_norm: float | None = None
 
 
@@ -56,17 +60,18 @@ def admit_update(reply: Trained, expected: Expectation) -> dict[str, NDArray[np.
         raise Rejected("not_finite")
     if expected.max_norm is not None and parameters.norm(update) > expected.max_norm:
         raise Rejected("norm_too_large")
-    if reply.num_examples != int(expected.support[0].sum()):
+    if reply.num_examples != int(census.examples(expected.support)[census.TRAIN]):
         raise Rejected("examples_differ")
     return update
 
 
-def admit_evaluation(reply: Trained | Evaluated, support: NDArray[np.int64], bins: int) -> Evaluation:
+def admit_evaluation(reply: Trained | Evaluated, support: NDArray[np.int64], bins: int) -> Statistic:
     """Return the statistics of a reply.
 
     Args:
         reply: what a site sent.
-        support: (K,) examples by label that the site declared for this split.
+        support: what the site declared for this split: (K,) examples by label, or of several labels an image (4, K) by
+            state and label.
         bins: B of the edges that were sent.
 
     Raises:
@@ -74,10 +79,81 @@ def admit_evaluation(reply: Trained | Evaluated, support: NDArray[np.int64], bin
     """
     arrays: Mapping[str, NDArray[np.generic]] = {name: getattr(reply, name) for name in FIELDS}
     try:
-        found = Evaluation.from_arrays(arrays)
+        found = _single(arrays, support) if support.ndim == 1 else _labelwise(arrays, support)
     except ValueError:
         raise Rejected("bad_statistics") from None
-    fits = found.confusion.shape == (len(support), len(support)) and found.positives.shape[1] == bins
-    if not fits or not np.array_equal(found.support, support):
+    if found.bins != bins:
         raise Rejected("bad_statistics")
     return found
+
+
+def _single(arrays: Mapping[str, NDArray[np.generic]], support: NDArray[np.int64]) -> Evaluation:
+    found = Evaluation.from_arrays(arrays)
+    if not np.array_equal(found.support, support):
+        raise ValueError("other examples than declared")
+    return found
+
+
+def _labelwise(arrays: Mapping[str, NDArray[np.generic]], support: NDArray[np.int64]) -> LabelwiseEvaluation:
+    found = LabelwiseEvaluation.from_arrays(arrays, support.shape[1], int(support[:, 0].sum()))
+    if not np.array_equal(found.support, support[[STATES.index("present"), STATES.index("absent")]]):
+        raise ValueError("other annotations than declared")
+    return found
+
+
+def admit_sums(reply: Summed, request: Statistics, examples: NDArray[np.int64], width: int) -> Sums:
+    """Return the sums of a reply.
+
+    Args:
+        reply: what a site sent.
+        request: what it was asked.
+        examples: what the site declared for training, times the views of an example: (K,) or (4, K).
+        width: W of the head.
+
+    Raises:
+        Rejected: with the reason code.
+    """
+    found = Sums(**reply.__dict__)
+    shapes = _shapes(width, examples, gram=request.gram)
+    if any(value.shape != shapes[name] for name, value in found.__dict__.items()):
+        raise Rejected("bad_statistics")
+    counted = _counted if examples.ndim == 1 else _labelwise_counted
+    total = examples.sum() if examples.ndim == 1 else examples[:, 0].sum()
+    limit = float(np.finfo(np.float32).max) * float(total)
+    finite = all((np.abs(value) <= limit).all() for value in found.__dict__.values())  # a NaN fails every comparison
+    if not (finite and found.count[0] == total and counted(found, examples, request.class_weights)):
+        raise Rejected("bad_statistics")
+    return found
+
+
+def _shapes(width: int, examples: NDArray[np.int64], *, gram: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of the sums."""
+    labels = examples.shape[-1]
+    triangle = width * (width + 1) // 2 if gram else 0
+    each = () if examples.ndim == 1 else (labels,)  # several labels an image have sums of their own
+    return {
+        "count": (1,),
+        "total": (width,),
+        "squares": (width,),
+        "weight": each or (1,),
+        "weighted": (*each, width),
+        "targets": (labels,),
+        "gram": (*each, triangle),
+        "cross": (width, labels) if gram else (0, 0),
+    }
+
+
+def _counted(found: Sums, examples: NDArray[np.int64], class_weights: NDArray[np.float64]) -> bool:
+    """Return whether the weights can be those of so many examples by label."""
+    weights = class_weights * examples
+    return bool(np.allclose(found.weight, weights.sum()) and np.allclose(found.targets, weights))
+
+
+def _labelwise_counted(found: Sums, examples: NDArray[np.int64], class_weights: NDArray[np.float64]) -> bool:
+    """Return whether the weights can be those of so many annotations: between p and p + s of them count as present."""
+    present, absent, between, _ = examples
+    share = found.targets / class_weights[1]  # of all annotations, as present
+    slack = 1e-8 + 1e-5 * (present + between)
+    within = bool((share >= present - slack).all() and (share <= present + between + slack).all())
+    rest = class_weights[0] * (present + absent + between - share)
+    return within and bool(np.allclose(found.weight, found.targets + rest))

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common import analytic, codec, metrics, parameters
+from common import analytic, codec, parameters
 from common.analytic import Sums
-from common.errors import DataError
 from common.messages import (
     Description,
     Evaluate,
@@ -35,10 +34,21 @@ from common.messages import (
 )
 from common.parameters import Parameters
 from common.run_config import RunConfig
+from server import census
 from server import state as saved
-from server.admission import Expectation, Rejected, admit_evaluation, admit_update
+from server.admission import Expectation, Rejected, admit_evaluation, admit_sums, admit_update
 from server.aggregation import Aggregator, Contribution
-from server.evaluation import Edges, Measured, first_edges, next_edges, score_for_choice
+from server.census import TEST, TRAIN, VALIDATION
+from server.evaluation import (
+    Edges,
+    Measured,
+    Statistic,
+    Threshold,
+    first_edges,
+    next_edges,
+    operating_threshold,
+    score_for_choice,
+)
 from server.federation import Answer, Federation, Traffic, require_quorum
 from server.state import RoundLog, RunState
 
@@ -46,10 +56,6 @@ Progress = Callable[[str, int, int], None]
 Weights = dict[str, NDArray[np.float32]]
 
 HEAD_WEIGHT, HEAD_BIAS = "head.linear.weight", "head.linear.bias"
-TRAIN, VALIDATION, TEST = 0, 1, 2
-
-MOST_EXAMPLES = 2**40
-"""Examples of one label and split that a site is believed to have; sums over sites then stay below 2^63."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Start:
 class Cast:
     """Who is in the run, and what each was seen to do."""
 
-    support: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    support: dict[str, NDArray[np.int64]] = field(default_factory=dict)  # as `server.census` has it
     status: dict[str, str] = field(default_factory=dict)
     transfers: dict[str, int] = field(default_factory=dict)
 
@@ -90,7 +96,7 @@ class Outcome:
     best_round: int
     rounds: list[dict[str, Any]]
     test: Measured
-    threshold: float | None
+    threshold: Threshold
     cast: Cast
     contributed: Mapping[str, int]  # rounds by site
     traffic: Mapping[str, Traffic]  # by phase outside the rounds, of this process
@@ -149,29 +155,14 @@ class Coordinator:
         names = self._run.sites.names
         for site, answer in self._federation.find(names, self._run.to_toml()).items():
             self._cast.note(_unbelievable(answer))
-            if isinstance(answer.reply, Description) and self._believable(answer.reply):
+            if isinstance(answer.reply, Description) and census.believable(answer.reply.support, self._run.task):
                 self._cast.support[site] = answer.reply.support
                 self._cast.status[site] = "registered"
                 held = answer.reply.trunk_sha256 == self._run.model.trunk_sha256
                 self._cast.transfers[site] = 0 if held else 1
         require_quorum(len(self._cast.support), self._quorum, len(names), "setup")
-        self._check_labels()
-
-    def _believable(self, description: Description) -> bool:
-        support = description.support
-        shape = (3, len(self._run.task.labels))
-        return (
-            support.shape == shape
-            and support.dtype == np.int64
-            and bool((support >= 0).all() and (support <= MOST_EXAMPLES).all())
-            and bool(support[TRAIN].sum() > 0)
-        )
-
-    def _check_labels(self) -> None:
-        pooled = self._pooled_support()[TRAIN]
-        for label, count in zip(self._run.task.labels, pooled, strict=True):
-            if count == 0 and self._start.every_label:
-                raise DataError(f"label {label!r} has no training example at any site: leave it out or add examples")
+        if self._start.every_label:
+            census.check_labels(self._pooled_support(), self._run.task.labels)
 
     def _pooled_support(self) -> NDArray[np.int64]:
         return np.asarray(sum(self._cast.support[site] for site in self._cast.ready), np.int64)
@@ -214,15 +205,13 @@ class Coordinator:
         """Find standardiser and head from the sites' sums; the head's penalty is chosen on validation."""
         begin = time.monotonic()
         model, training = self._run.model, self._run.training
-        support = self._pooled_support()[TRAIN]
-        balanced = training.class_weights == "balanced"
-        weights = analytic.balanced_weights(support) if balanced else np.ones(len(support))
+        weights = census.class_weights(self._pooled_support(), balanced=training.class_weights == "balanced")
         closed_form = model.init == "analytic" or training.rule.kind == "analytic"
         pooled = self._sum(Statistics(self._fingerprint, weights, closed_form, self._body()))
         mean, scale = analytic.standardiser(pooled)
         fixed: Mapping[str, NDArray[Any]] = {"mean": mean, "scale": scale, "class_weights": weights}
         first: Weights = {name: np.asarray(value) for name, value in self._start.weights.items()}
-        edges = first_edges(len(support))
+        edges = self._first_edges()
         if closed_form:
             self._freeze(fixed)
             heads = analytic.ridge_heads(pooled, mean, scale, model.ridge)
@@ -242,6 +231,9 @@ class Coordinator:
             pending=entry,
             transfers=self._cast.transfers,
         )
+
+    def _first_edges(self) -> Edges:
+        return first_edges(len(self._run.task.labels), self._run.task.kind)
 
     def _body(self) -> NDArray[np.generic]:
         """Return the first weights for sites that need them to compute what the head reads; none for a head alone."""
@@ -275,23 +267,11 @@ class Coordinator:
     def _admitted_sums(self, answer: Answer, request: Statistics) -> Sums | None:
         if not isinstance(answer.reply, Summed):
             return None
-        found = Sums(**answer.reply.__dict__)
-        width, labels = len(self._start.weights[HEAD_WEIGHT][0]), len(self._run.task.labels)
-        gram = (width * (width + 1) // 2,) if request.gram else (0,)
-        shapes = (
-            (1,),
-            (width,),
-            (width,),
-            (1,),
-            (width,),
-            (labels,),
-            gram,
-            (width, labels) if request.gram else (0, 0),
-        )
-        values = list(found.__dict__.values())
-        fits = all(value.shape == shape for value, shape in zip(values, shapes, strict=True))
         examples = self._cast.support[answer.site][TRAIN] * (self._run.data.views or 1)
-        return found if fits and _sums_of(found, examples, request.class_weights) else None
+        try:
+            return admit_sums(answer.reply, request, examples, len(self._start.weights[HEAD_WEIGHT][0]))
+        except Rejected:
+            return None
 
     def _choose_head(
         self, first: Weights, heads: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -303,7 +283,7 @@ class Coordinator:
         best: tuple[float, Weights, Edges] | None = None
         for weight, bias in heads:
             candidate = codec.through({**first, HEAD_WEIGHT: weight, HEAD_BIAS: bias}, self._run.wire.dtype)
-            measured = self._measure("closed form", candidate, "validation", first_edges(len(bias)))
+            measured = self._measure("closed form", candidate, "validation", self._first_edges())
             score = score_for_choice(measured, self._run.task.labels)
             score = -np.inf if score is None else score
             if best is None or score >= best[0]:
@@ -391,14 +371,15 @@ class Coordinator:
             best_round=current.round,
             best_score=score_for_choice(measured, labels),
             best_examples=measured.pooled.examples,
-            threshold=metrics.youden(measured.pooled, measured.edges),
+            threshold=operating_threshold(measured),
         )
 
     def _unheard(self, site: str, number: int) -> dict[str, Any]:
         """Return the facts of a site that judges a round without having been in it; in the start everybody was."""
         if number:
             return {"status": "lost", "examples": 0, "train_loss": None, "reason": "absent"}
-        return {"status": "contributed", "examples": int(self._cast.support[site][TRAIN].sum()), "train_loss": None}
+        examples = int(census.examples(self._cast.support[site])[TRAIN])
+        return {"status": "contributed", "examples": examples, "train_loss": None}
 
     def _judge_last(self, current: RunState) -> RunState:
         measured = self._measure("validation", current.weights, "validation", current.edges)
@@ -410,7 +391,7 @@ class Coordinator:
         vector = codec.encode(weights, self._run.wire.dtype)
         request = Evaluate(self._fingerprint, split, vector, edges)
         row = {"validation": VALIDATION, "test": TEST}[split]
-        found: dict[str, metrics.Evaluation] = {}
+        found: dict[str, Statistic] = {}
         for answer in self._asked(phase, dict.fromkeys(self._cast.ready, request)):
             if isinstance(answer.reply, Evaluated):
                 try:
@@ -474,15 +455,6 @@ def _unbelievable(answer: Answer) -> Answer:
     return answer if answer.reply is None else replace(answer, status="quarantined", reason="bad_statistics")
 
 
-def _sums_of(found: Sums, examples: NDArray[np.int64], class_weights: NDArray[np.float64]) -> bool:
-    """Return whether sums can be those of so many examples by label: finite, and with their counts."""
-    limit = float(np.finfo(np.float32).max) * float(examples.sum())
-    finite = all((np.abs(value) <= limit).all() for value in found.__dict__.values())  # a NaN fails every comparison
-    weights = class_weights * examples
-    counted = found.count[0] == examples.sum() and np.allclose(found.weight, weights.sum())
-    return bool(finite and counted and np.allclose(found.targets, weights))
-
-
 def contributed_rounds(rounds: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, int]:
     """Return in how many finished rounds each site's update was used."""
     found = dict.fromkeys(names, 0)
@@ -498,7 +470,7 @@ class _Admitted:
 
     answer: Answer
     contribution: Contribution | None = None
-    evaluation: metrics.Evaluation | None = None
+    evaluation: Statistic | None = None
     train_loss: float | None = None
 
 
@@ -507,7 +479,7 @@ class _Tally:
     """What came in during one round."""
 
     contributions: list[Contribution] = field(default_factory=list)
-    evaluations: dict[str, metrics.Evaluation] = field(default_factory=dict)
+    evaluations: dict[str, Statistic] = field(default_factory=dict)
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
 

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common import metrics
+from common import metrics, multilabel
 from common.metrics import Evaluation
+from common.multilabel import LabelwiseEvaluation, Thresholds
+from common.run_config import TaskKind
 
 COARSE_BINS = 512
 """Bins of the first look, which knows nothing of the scores."""
@@ -20,44 +22,93 @@ LEAST_BINS, MOST_BINS = 16, 256
 
 Edges = NDArray[np.float64]
 
+Statistic = Evaluation | LabelwiseEvaluation
+"""Of one label an image, or of several: all sites of a run send the same kind."""
+
+Threshold = float | Thresholds | None
+"""The operating point in score space: of several labels an image one each."""
+
 
 @dataclass(frozen=True)
 class Measured:
     """One set of weights, evaluated by the sites on one split and one set of edges."""
 
     edges: Edges
-    sites: Mapping[str, Evaluation]
+    sites: Mapping[str, Statistic]
 
     @property
-    def pooled(self) -> Evaluation:
+    def pooled(self) -> Statistic:
         """The statistics of all sites together, summed in the order of their names."""
-        found = [self.sites[name] for name in sorted(self.sites)]
-        return sum(found[1:], found[0])
+        found: list[Any] = [self.sites[name] for name in sorted(self.sites)]
+        pooled: Statistic = sum(found[1:], found[0])
+        return pooled
 
-    def summary(self, labels: tuple[str, ...], threshold: float | None = None) -> dict[str, Any]:
+    def summary(self, labels: tuple[str, ...], threshold: Threshold = None) -> dict[str, Any]:
         """Return the METRICS of the pooled examples."""
-        return metrics.summarise(self.pooled, labels, self.edges, threshold)
+        return _summarise(self.pooled, labels, self.edges, threshold)
 
-    def site_summaries(self, labels: tuple[str, ...], threshold: float | None = None) -> dict[str, dict[str, Any]]:
+    def site_summaries(self, labels: tuple[str, ...], threshold: Threshold = None) -> dict[str, dict[str, Any]]:
         """Return the METRICS of each site."""
-        return {name: metrics.summarise(self.sites[name], labels, self.edges, threshold) for name in sorted(self.sites)}
+        return {name: _summarise(self.sites[name], labels, self.edges, threshold) for name in sorted(self.sites)}
 
 
-def first_edges(labels: int) -> Edges:
+def _summarise(found: Statistic, labels: tuple[str, ...], edges: Edges, threshold: Threshold) -> dict[str, Any]:
+    if isinstance(found, LabelwiseEvaluation):
+        return multilabel.summarise(found, labels, edges, _each(threshold))
+    return metrics.summarise(found, labels, edges, _one(threshold))
+
+
+def _each(threshold: Threshold) -> Thresholds | None:
+    return None if isinstance(threshold, float) else threshold
+
+
+def _one(threshold: Threshold) -> float | None:
+    return threshold if isinstance(threshold, float) else None
+
+
+def first_edges(labels: int, kind: TaskKind = "single-label") -> Edges:
     """Return edges that know nothing of the scores."""
-    return metrics.coarse_edges(labels, COARSE_BINS)
+    coarse = multilabel.coarse_edges if kind == "multi-label" else metrics.coarse_edges
+    return coarse(labels, COARSE_BINS)
 
 
-def next_edges(measured: Measured, include: float | None = None) -> Edges:
+def next_edges(measured: Measured, include: Threshold = None) -> Edges:
     """Return the pooled quantiles of what was measured, as the edges of the next look."""
-    bins = int(np.clip(measured.pooled.examples // 2, LEAST_BINS, MOST_BINS))
-    return metrics.quantile_edges(measured.pooled, measured.edges, bins, include)
+    pooled = measured.pooled
+    bins = int(np.clip(pooled.examples // 2, LEAST_BINS, MOST_BINS))
+    if isinstance(pooled, LabelwiseEvaluation):
+        return multilabel.quantile_edges(pooled, measured.edges, bins, _each(include))
+    return metrics.quantile_edges(pooled, measured.edges, bins, _one(include))
+
+
+def operating_threshold(measured: Measured) -> Threshold:
+    """Return the score at which recall + specificity is largest, of several labels an image one for each label."""
+    pooled = measured.pooled
+    if isinstance(pooled, LabelwiseEvaluation):
+        return multilabel.youden(pooled, measured.edges)
+    return metrics.youden(pooled, measured.edges)
 
 
 def score_for_choice(measured: Measured, labels: tuple[str, ...]) -> float | None:
     """Return what rounds compete by: pooled validation AUC, else minus the mean log loss; None without examples."""
-    pooled = measured.pooled
-    if pooled.examples == 0:
+    loss = measured.pooled.mean_log_loss
+    if loss is None:
         return None
     auc = measured.summary(labels)["auc"]
-    return float(auc) if auc is not None else -pooled.log_loss / pooled.examples
+    return float(auc) if auc is not None else -loss
+
+
+def curves(measured: Measured, labels: tuple[str, ...]) -> dict[str, Any]:
+    """Return the ROC curve of each label that has one, and the reliability of what was said of all."""
+    pooled = measured.pooled
+    if isinstance(pooled, LabelwiseEvaluation):
+        named = [
+            (name, label.positives[0], label.negatives[0]) for name, label in zip(labels, pooled.labels, strict=True)
+        ]
+        together = pooled.together
+    else:
+        targets = metrics.targets(len(labels))
+        named = [(labels[target], pooled.positives[row], pooled.negatives[row]) for row, target in enumerate(targets)]
+        together = pooled
+    roc = {name: [list(point) for point in metrics.roc_curve(pos, neg)] for name, pos, neg in named}
+    return {"roc": roc, "reliability": metrics.reliability_curve(together)}

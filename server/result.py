@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from common import checkpoint, metrics
+from common import checkpoint
 from common.files import write_json
 from common.run_config import RunConfig
-from server import state
+from server import census, state
 from server.coordinator import Cast, Outcome, contributed_rounds
+from server.evaluation import curves
 from server.federation import Traffic
 
 SCHEMA = 1
@@ -64,7 +64,7 @@ def completed(outcome: Outcome, around: Surroundings) -> dict[str, Any]:
         "rounds": outcome.rounds,
         "best_round": outcome.best_round,
         "test": test,
-        "curves": _curves(outcome, labels),
+        "curves": curves(outcome.test, labels),
         "traffic": {phase: _both_ways(traffic) for phase, traffic in outcome.traffic.items()},
         "warnings": [*around.warnings, *_warnings(outcome, test["pooled"], labels)],
         "seconds": {**outcome.seconds, **around.seconds},
@@ -109,16 +109,18 @@ def _common(around: Surroundings) -> dict[str, Any]:
 
 
 def _sites(cast: Cast, contributed: Mapping[str, int], run: RunConfig) -> dict[str, Any]:
-    nothing = np.zeros((len(SPLITS), len(run.task.labels)), np.int64)
     found: dict[str, Any] = {}
     for site in run.sites.names:
-        support = cast.support.get(site, nothing)
+        support = cast.support.get(site, census.nothing(run.task))
         found[site] = {
-            "examples": {split: int(row.sum()) for split, row in zip(SPLITS, support, strict=True)},
-            "labels": {label: int(count) for label, count in zip(run.task.labels, support.sum(0), strict=True)},
+            "examples": dict(zip(SPLITS, census.examples(support).tolist(), strict=True)),
+            "labels": dict(zip(run.task.labels, census.present(support).sum(0).tolist(), strict=True)),
             "rounds": contributed[site],
             "status": cast.status.get(site, "lost(absent)"),
         }
+        if run.task.kind == "multi-label":
+            annotated = census.annotated(support).sum(0).tolist()
+            found[site]["annotated"] = dict(zip(run.task.labels, annotated, strict=True))
     return found
 
 
@@ -127,16 +129,6 @@ def _both_ways(traffic: Traffic) -> dict[str, int]:
         "bytes_down": traffic.weights_down + traffic.other_down,
         "bytes_up": traffic.weights_up + traffic.other_up,
     }
-
-
-def _curves(outcome: Outcome, labels: tuple[str, ...]) -> dict[str, Any]:
-    pooled = outcome.test.pooled
-    targets = metrics.targets(len(labels))
-    roc = {
-        labels[target]: [list(point) for point in metrics.roc_curve(pooled.positives[row], pooled.negatives[row])]
-        for row, target in enumerate(targets)
-    }
-    return {"roc": roc, "reliability": metrics.reliability_curve(pooled)}
 
 
 def _warnings(outcome: Outcome, pooled: Mapping[str, Any], labels: tuple[str, ...]) -> list[dict[str, str]]:
@@ -164,6 +156,7 @@ def write_model(folder: Path, outcome: Outcome, around: Surroundings, result: Ma
         "cut": model.trainable,
         "features": model.features,
         "labels": list(around.run.task.labels),
+        "kind": around.run.task.kind,
         "preprocessing": {
             "preset": data.preset,
             "image_size": data.image_size,

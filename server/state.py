@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from common import checkpoint
 from common.errors import CheckpointError
 from common.files import write_atomic, write_json
+from server.evaluation import Threshold
 
 SCHEMA = 1
 _GROUPS = ("weights", "best", "strategy", "fixed")
@@ -35,7 +36,7 @@ class RunState:
     best_round: int
     best_score: float | None
     best_examples: int  # validation examples behind that score
-    threshold: float | None  # operating point of the best round, in score space
+    threshold: Threshold  # operating point of the best round, in score space
     strategy: Mapping[str, NDArray[Any]]
     fixed: Mapping[str, NDArray[Any]]  # mean, scale, class_weights: settled before round 1
     edges: NDArray[np.float64]  # of the next look
