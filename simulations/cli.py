@@ -27,11 +27,14 @@ _PLACES = {
     "image_size": ("data", "image_size"),
     "preset": ("data", "preset"),
     "views": ("data", "views"),
+    "uncertain": ("data", "uncertain"),
+    "blank": ("data", "blank"),
     "strategy": ("training", "strategy"),
     "rounds": ("training", "rounds"),
     "local_epochs": ("training", "local_epochs"),
     "local_steps": ("training", "local_steps"),
     "batch_size": ("training", "batch_size"),
+    "draw": ("training", "draw"),
     "lr": ("training", "lr"),
     "class_weights": ("training", "class_weights"),
     "wire": ("wire", "dtype"),
@@ -55,6 +58,10 @@ _PLACES = {
 @click.option("--image-size", type=int, metavar="PIXELS", help="Side of the square input [the preset's].")
 @click.option("--preset", metavar="NAME", help="How images are shown: generic (default), chest-xray, ct, …")
 @click.option("--views", type=int, metavar="K", help="Cached views an image, 1 = none [the preset's].")
+@click.option(
+    "--uncertain", metavar="KIND", help="What -1 among several labels means: ignore (default), zeros, ones, soft."
+)
+@click.option("--blank", metavar="KIND", help="What an empty one means: zeros (default), ignore.")
 @click.option("--features", metavar="KIND", help="multi (default): pooled outputs of several stages; last.")
 @click.option("--init", metavar="KIND", help="analytic (default): closed-form head from summed statistics; zero.")
 @click.option(
@@ -66,6 +73,9 @@ _PLACES = {
 @click.option("--local-epochs", type=int, metavar="N", help="Passes over a site's data a round [1].")
 @click.option("--local-steps", type=int, metavar="N", help="Optimiser steps a round, instead of passes.")
 @click.option("--batch-size", type=int, metavar="N", help="Examples a step [32].")
+@click.option(
+    "--draw", metavar="WHAT", help="What a pass visits once: images (default); patients, with one image each."
+)
 @click.option("--lr", type=float, metavar="RATE", help="Learning rate [0.0003 for the head, 0.0001 for deeper cuts].")
 @click.option("--class-weights", metavar="KIND", help="balanced (default): from pooled label counts; none.")
 @click.option("--wire", metavar="TYPE", help="float32 (default), bfloat16, float16.")

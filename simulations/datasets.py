@@ -2,6 +2,7 @@
 
 A .npz holds either MedMNIST's six arrays (`train_images`, `train_labels`, `val_images`, ...), which name the splits, or
 the flat layout: `images` (N, H, W) or (N, H, W, 3) uint8 and `labels` (N,), with optional `site`, `patient`, `split`.
+Labels of two or more columns, (N, K), are several an image: 1, 0, -1 or NaN each, with optional `label_names` (K,).
 Nothing is ever unpickled, pixels are resized only when they are read, and medmnist is imported only to download.
 """
 
@@ -31,16 +32,21 @@ from client.cohort import Cohort, PixelSource
 from client.folder import Progress, read_folder
 from client.preprocessing import ColourPolicy, Preset, preprocess_array, preprocessing_id
 from common.errors import ConfigError, ConsiliumError, DataError, unknown_value
-from simulations import phantoms
+from simulations import findings, phantoms
+from simulations.findings import AS_USUAL, Policy
 from simulations.splits import assign
 
 PHANTOM_IMAGES = 600
 
-MEDMNIST_ARRAYS = tuple(f"{split}_{what}" for split in ("train", "val", "test") for what in ("images", "labels"))
+MEDMNIST_SPLITS = ("train", "val", "test")
+
+MEDMNIST_ARRAYS = tuple(f"{split}_{what}" for split in MEDMNIST_SPLITS for what in ("images", "labels"))
 
 FLAT_ARRAYS = ("images", "labels")
 
 FLAT_COLUMNS = ("site", "patient", "split")  # optional, one value an image
+
+LABEL_NAMES = "label_names"  # optional, of several labels an image
 
 SPLIT_WORDS = {
     "train": 0, "val": 1, "validation": 1, "test": 2,
@@ -97,7 +103,7 @@ class _Pool:
     source: PixelSource
     rows: NDArray[np.int64]
     digests: NDArray[np.uint8]
-    labels: NDArray[np.int64]
+    labels: Array  # (N,) int64, or of several an image (N, K) float32, as a cohort has them
     label_names: tuple[str, ...]
     patients: NDArray[np.int64]
     sites: Array | None = None
@@ -115,6 +121,7 @@ def load(
     image_size: int,
     seed: int,
     sites: int,
+    policy: Policy = AS_USUAL,
     progress: Progress | None = None,
 ) -> Dataset:
     """Read a data set by name, file or folder, and assign its splits.
@@ -127,6 +134,7 @@ def load(
         image_size: side of the preprocessed images, in pixels.
         seed: the run's seed: draws phantoms and splits.
         sites: how many hospitals the phantoms come from.
+        policy: what annotations of several labels an image are taken for that are neither yes nor no.
         progress: called with the number of files done and of files in all.
 
     Raises:
@@ -142,11 +150,11 @@ def load(
         path = _phantoms(cache, sites, seed, progress)
         pool = _folder_pool(path, preset, image_size, cache, progress, phantoms.LABELS)
     elif base in catalogue and (not side or f"url{side}" in catalogue[base]):
-        pool = _medmnist_pool(base, side, catalogue[base], data_root, shown)
+        pool = _medmnist_pool(base, side, catalogue[base], data_root, shown, policy)
     elif path.is_dir():
         pool = _folder_pool(path, preset, image_size, cache, progress, None)
     elif path.is_file():
-        pool = _npz_pool(path, shown, None)
+        pool = _npz_pool(path, shown, None, policy)
     else:
         if path.suffix == ".npz" or len(path.parts) > 1:
             raise ConfigError(f"--dataset {dataset}: no such file or folder")
@@ -156,7 +164,8 @@ def load(
 
 
 def _dataset(name: str, pool: _Pool, preprocessing: str, seed: int) -> Dataset:
-    if len(pool.label_names) < 2:
+    several = pool.labels.ndim == 2
+    if len(pool.label_names) < 2 and not several:
         raise DataError(f"{name}: expected at least two labels, got only {pool.label_names[0]!r}")
     try:
         made = assign(pool.labels, pool.digests, pool.patients, pool.splits, seed, pool.label_names)
@@ -175,7 +184,8 @@ def _dataset(name: str, pool: _Pool, preprocessing: str, seed: int) -> Dataset:
     )
     natural = None if pool.sites is None else tuple(str(site) for site in pool.sites[made.keep])
     cohort = whole if made.keep.all() else replace(whole.subset(np.flatnonzero(made.keep)), quarantine=pool.quarantine)
-    return Dataset(name, cohort, natural, made.dropped, pool.ignored, made.warnings)
+    notices = findings.notices(pool.labels, pool.label_names, pool.sites) if several else []
+    return Dataset(name, cohort, natural, made.dropped, pool.ignored, (*made.warnings, *notices))
 
 
 def _phantoms(cache: Path, sites: int, seed: int, progress: Progress | None) -> Path:
@@ -216,19 +226,19 @@ def _base_and_side(name: str) -> tuple[str, str]:
 
 def _unsupported(info: Mapping[str, Any]) -> str:
     """Return why a MedMNIST set cannot be used, or an empty text."""
-    if info["python_class"].endswith("3D"):
-        return "3-D sets are not supported"
-    return "several labels an image are not supported yet" if info["task"].startswith("multi-label") else ""
+    return "3-D sets are not supported" if info["python_class"].endswith("3D") else ""
 
 
-def _medmnist_pool(base: str, side: str, info: Mapping[str, Any], data_root: Path, shown: _Shown) -> _Pool:
+def _medmnist_pool(
+    base: str, side: str, info: Mapping[str, Any], data_root: Path, shown: _Shown, policy: Policy
+) -> _Pool:
     if _unsupported(info):
         raise DataError(f"{base}: {_unsupported(info)}: choose another data set")
     path = data_root / f"{base}{side}.npz"
     if not path.is_file():
         _download(path, info, side)
     names = tuple(str(info["label"][str(number)]) for number in range(len(info["label"])))
-    return _npz_pool(path, shown, names)
+    return _npz_pool(path, shown, names, policy)
 
 
 def _download(path: Path, info: Mapping[str, Any], side: str) -> None:
@@ -249,13 +259,13 @@ def _download(path: Path, info: Mapping[str, Any], side: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- .npz files
 
 
-def _npz_pool(path: Path, shown: _Shown, label_names: tuple[str, ...] | None) -> _Pool:
+def _npz_pool(path: Path, shown: _Shown, label_names: tuple[str, ...] | None, policy: Policy) -> _Pool:
     """Read a .npz in either layout; `label_names` are those of the catalogue, None for a file of the user's."""
     try:
         arrays = _read_npz(path)
         if "images" in arrays:
-            return _flat_pool(arrays, shown)
-        return _medmnist_layout_pool(arrays, shown, label_names)
+            return _flat_pool(arrays, shown, policy)
+        return _medmnist_layout_pool(arrays, shown, label_names, policy)
     except DataError as error:
         raise DataError(f"{path.name}: {error}") from error
 
@@ -272,7 +282,10 @@ def _read_npz(path: Path) -> dict[str, Array]:
                 raise DataError("expected a .npz file (a zip of NumPy arrays); it is something else, or was cut short")
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
-                return {name: np.asarray(archive[name]) for name in _wanted(archive.files)}
+                arrays = {name: np.asarray(archive[name]) for name in _wanted(archive.files)}
+                if LABEL_NAMES in archive.files and any(_several(arrays[name]) for name in arrays if "label" in name):
+                    arrays[LABEL_NAMES] = np.asarray(archive[LABEL_NAMES])
+                return arrays
     except _UNREADABLE as error:
         raise DataError(
             "expected plain NumPy arrays; it is damaged, or holds Python objects, which are never unpickled: "
@@ -293,27 +306,54 @@ def _wanted(found: list[str]) -> list[str]:
     return [*required, *(name for name in FLAT_COLUMNS if name in found and not medmnist)]
 
 
-def _medmnist_layout_pool(arrays: dict[str, Array], shown: _Shown, names: tuple[str, ...] | None) -> _Pool:
-    parts, labels, splits = [], [], []
-    for number, split in enumerate(("train", "val", "test")):
-        images = _images(arrays[f"{split}_images"], f"{split}_images")
-        parts.append(images)
-        labels.append(_whole(_column(arrays[f"{split}_labels"], f"{split}_labels", len(images)), f"{split}_labels"))
-        splits.append(np.full(len(images), number, dtype=np.int8))
+def _medmnist_layout_pool(
+    arrays: dict[str, Array], shown: _Shown, names: tuple[str, ...] | None, policy: Policy
+) -> _Pool:
+    parts = [_images(arrays[f"{split}_images"], f"{split}_images") for split in MEDMNIST_SPLITS]
     if len({part.ndim for part in parts}) > 1:
         raise DataError("expected all images grey or all in colour; got some of each")
-    numbers, label_names = _numbered(np.concatenate(labels), names)
-    return _array_pool(parts, shown, numbers, label_names, None, splits=np.concatenate(splits))
+    counts = [len(part) for part in parts]
+    several = _several(arrays["train_labels"])
+    labels, label_names = (
+        _medmnist_targets(arrays, counts, names, policy) if several else _medmnist_labels(arrays, counts, names)
+    )
+    splits = np.repeat(np.arange(3, dtype=np.int8), counts)
+    return _array_pool(parts, shown, labels, label_names, None, splits=splits)
 
 
-def _flat_pool(arrays: dict[str, Array], shown: _Shown) -> _Pool:
+def _medmnist_labels(
+    arrays: dict[str, Array], counts: list[int], names: tuple[str, ...] | None
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Return one label an image, as a number, and the names of the labels."""
+    found = [
+        _whole(_column(arrays[f"{split}_labels"], f"{split}_labels", count), f"{split}_labels")
+        for split, count in zip(MEDMNIST_SPLITS, counts, strict=True)
+    ]
+    return _numbered(np.concatenate(found), names)
+
+
+def _medmnist_targets(
+    arrays: dict[str, Array], counts: list[int], names: tuple[str, ...] | None, policy: Policy
+) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+    """Return several labels an image, as targets, and the names of the labels."""
+    found = [
+        findings.targets(_columns(arrays[f"{split}_labels"], f"{split}_labels", count), f"{split}_labels", policy)
+        for split, count in zip(MEDMNIST_SPLITS, counts, strict=True)
+    ]
+    if len({part.shape[1] for part in found}) > 1:
+        raise DataError("expected as many labels in every split; got more in one than in another")
+    joined = np.concatenate(found)
+    return joined, _label_names(joined, arrays.get(LABEL_NAMES) if names is None else np.array(names))
+
+
+def _flat_pool(arrays: dict[str, Array], shown: _Shown, policy: Policy) -> _Pool:
     images = _images(arrays["images"], "images")
-    values = _column(arrays["labels"], "labels", len(images))
-    labels, label_names = _named(values) if values.dtype.kind == "U" else _numbered(_whole(values, "labels"), None)
     columns = {name: _column(arrays[name], name, len(images)) for name in FLAT_COLUMNS if name in arrays}
     for name, column in columns.items():
         if column.dtype.kind not in "biuU":
             raise DataError(f"{name}: expected text or whole numbers, got {column.dtype}")
+    sites = _site_names(columns["site"]) if "site" in columns else None
+    labels, label_names = _flat_labels(arrays, len(images), policy, sites)
     return _array_pool(
         [images],
         shown,
@@ -321,14 +361,45 @@ def _flat_pool(arrays: dict[str, Array], shown: _Shown) -> _Pool:
         label_names,
         columns.get("patient"),
         splits=_split_numbers(columns["split"]) if "split" in columns else None,
-        sites=_site_names(columns["site"]) if "site" in columns else None,
+        sites=sites,
     )
+
+
+def _flat_labels(
+    arrays: dict[str, Array], count: int, policy: Policy, sites: Array | None
+) -> tuple[Array, tuple[str, ...]]:
+    """Return one label an image as a number, or several as targets, and the names of the labels."""
+    if _several(arrays["labels"]):
+        found = findings.targets(_columns(arrays["labels"], "labels", count), "labels", policy, sites)
+        return found, _label_names(found, arrays.get(LABEL_NAMES))
+    values = _column(arrays["labels"], "labels", count)
+    return _named(values) if values.dtype.kind == "U" else _numbered(_whole(values, "labels"), None)
+
+
+def _several(labels: Array) -> bool:
+    """Return whether an array holds several labels an image: two columns or more; one column is one label."""
+    return labels.ndim == 2 and labels.shape[1] > 1
+
+
+def _columns(array: Array, name: str, count: int) -> Array:
+    """Return one row an image, (N, K)."""
+    if array.ndim != 2 or len(array) != count:
+        raise DataError(f"{name}: expected one row of labels for each of {count} images, got shape {array.shape}")
+    return array
+
+
+def _label_names(targets: Array, given: Array | None) -> tuple[str, ...]:
+    if not len(targets):
+        raise DataError("expected images, got none")
+    if given is not None and given.dtype.kind != "U":
+        raise DataError(f"{LABEL_NAMES}: expected text, got {given.dtype}")
+    return findings.names(given, targets.shape[1])
 
 
 def _array_pool(
     parts: list[NDArray[np.uint8]],
     shown: _Shown,
-    labels: NDArray[np.int64],
+    labels: Array,
     label_names: tuple[str, ...],
     patients: Array | None,
     *,
@@ -366,7 +437,7 @@ def _images(array: Array, name: str) -> NDArray[np.uint8]:
 def _column(array: Array, name: str, count: int) -> Array:
     """Return one value an image, (N,); text as Unicode."""
     if array.ndim == 2 and array.shape[1] > 1:
-        raise DataError(f"{name}: got {array.shape[1]} values an image; several labels an image are not supported yet")
+        raise DataError(f"{name}: got {array.shape[1]} values an image, expected one")
     if array.shape not in ((count,), (count, 1)):
         raise DataError(f"{name}: expected one value for each of {count} images, got shape {array.shape}")
     column = array.reshape(count)

@@ -3,6 +3,8 @@
 Units (a patient, or copies of one image: see `simulations.splits`) are dealt whole. Before they are dealt they are put
 into an order in which every stretch has its share of each label and each split, so that a site's validation and test
 examples have the label mix of its training examples. The drawing itself is done by the partitioners of flwr-datasets.
+Of several labels an image a unit stands for one: the rarest that is present in any of its images, or for none
+(`simulations.splits.strata`); so `dirichlet` and `shards` skew sites by their rarest findings.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from client.cohort import Cohort
 from common.errors import CacheError, ConfigError, DataError, unknown_value
 from common.files import write_atomic
 from common.seeds import derive, numpy_stream
-from simulations.splits import TRAIN, rank_within, unit_keys, unit_labels, units
+from simulations.splits import TRAIN, rank_within, strata, unit_keys, unit_labels, units
 
 VERSION = 1
 """Part of every cache key: raise it when the same arguments give another partition."""
@@ -51,7 +53,7 @@ class _Units:
     """The pool as U units that are dealt whole."""
 
     of: NDArray[np.int64]  # (N,) unit of each example
-    labels: NDArray[np.int64]  # (U,)
+    labels: NDArray[np.int64]  # (U,) by what each is dealt
     splits: NDArray[np.int8]  # (U,) training if any of its examples trains
     keys: NDArray[np.uint64]  # (U,) pseudo-random, from the images and the seed
 
@@ -154,7 +156,7 @@ def _natural(cohort: Cohort, natural: Sequence[str] | None) -> dict[str, NDArray
 
 def _pool(cohort: Cohort, seed: int) -> _Units:
     of = units(cohort.patients, cohort.digests)
-    labels = unit_labels(of, cohort.labels)
+    labels = strata(of, cohort.labels)
     splits = np.full(len(labels), np.iinfo(np.int8).max, dtype=np.int8)
     np.minimum.at(splits, of, cohort.splits)
     return _Units(of, labels, splits, unit_keys(of, cohort.digests, derive(seed, "partition", "units")))

@@ -24,6 +24,7 @@ from client import views
 from client.cohort import Cohort
 from client.workshop import threads
 from common.backbone import InputSpec
+from common.errors import DataError
 from common.model import Built
 from simulations.grid import InProcessGrid
 
@@ -49,7 +50,13 @@ class Images:
 
     @staticmethod
     def of(cohort: Cohort) -> Images:
-        """Return the training and validation images of a cohort."""
+        """Return the training and validation images of a cohort.
+
+        Raises:
+            DataError: an image has several labels, which this plain trainer does not learn.
+        """
+        if cohort.kind == "multi-label":
+            raise DataError("the comparison with plain Flower takes one label an image: name another --dataset")
         splits = {name: torch.from_numpy(cohort.indices(name)) for name in ("train", "validation")}
         pixels = cohort.pixels(torch.arange(len(cohort)).numpy())
         return Images(torch.from_numpy(pixels), torch.from_numpy(cohort.labels), splits)

@@ -33,6 +33,7 @@ from server.report import page
 from server.result import Surroundings, TrunkFacts
 from simulations import baselines, datasets, hospitals, partition
 from simulations.datasets import Dataset
+from simulations.findings import Policy
 from simulations.grid import Fault, InProcessGrid, check_faults, run_in_process, run_on_ray
 
 Progress = Callable[[str, int, int], None]
@@ -112,6 +113,7 @@ def set_scene(plan: RunConfig, cache: Path, progress: Progress) -> Scene:
         image_size=size,
         seed=plan.seed,
         sites=simulation.sites,
+        policy=Policy(plan.data.uncertain, plan.data.blank),
         progress=lambda done, total: progress("images", done, total),
     )
     parts = partition.partition(dataset.cohort, dataset.sites, spec, simulation.sites, plan.seed, cache)
@@ -126,7 +128,9 @@ def set_scene(plan: RunConfig, cache: Path, progress: Progress) -> Scene:
     training = training.model_copy(update={"lr": base_lr(training, deep=plan.model.trainable != "head")})
     run = plan.model_copy(
         update={
-            "task": plan.task.model_copy(update={"name": dataset.name, "labels": dataset.cohort.label_names}),
+            "task": plan.task.model_copy(
+                update={"name": dataset.name, "labels": dataset.cohort.label_names, "kind": dataset.cohort.kind}
+            ),
             "data": plan.data.model_copy(
                 update={
                     "preset": preset_name,

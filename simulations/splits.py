@@ -2,12 +2,16 @@
 
 What must stay together is a *unit*: images of one patient, and images whose decoded pixels are identical, joined
 transitively. Every function here works on whole arrays, in time n log n.
+
+Labels are (N,) numbers, or of several labels an image (N, K) targets (1 present, 0 absent, NaN not annotated). Of those
+a unit is dealt by one stratum: the rarest label that is present in any of its images, so that rare findings are spread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +21,8 @@ from common.errors import DataError
 from common.seeds import derive
 
 TRAIN, VALIDATION, TEST = (SPLITS.index(name) for name in ("train", "validation", "test"))
+
+Labels = NDArray[Any]
 
 VALIDATION_SHARE = 0.15
 TEST_SHARE = 0.15
@@ -33,7 +39,7 @@ class Assignment:
 
 
 def assign(
-    labels: NDArray[np.int64],
+    labels: Labels,
     digests: NDArray[np.uint8],
     patients: NDArray[np.int64],
     given: NDArray[np.int8] | None,
@@ -49,7 +55,7 @@ def assign(
     `patient_across_splits` for the rest. Missing validation is carved out of training, with a warning.
 
     Args:
-        labels: (N,) index into `label_names`.
+        labels: (N,) index into `label_names`, or (N, K) targets.
         digests: (N, 32) SHA-256 of each decoded image.
         patients: (N,) equal for images of one patient.
         given: (N,) index into `SPLITS`, or None.
@@ -57,7 +63,8 @@ def assign(
         label_names: name of each label, for messages.
 
     Raises:
-        DataError: a split is empty, or a label is missing from training.
+        DataError: a split is empty, or a label is missing from training: no image has it, or of several labels an image
+            there is none that lacks it.
     """
     unit = units(patients, digests)
     if given is None:
@@ -116,6 +123,26 @@ def unit_labels(unit: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[n
     return majority
 
 
+def strata(unit: NDArray[np.int64], labels: Labels) -> NDArray[np.int64]:
+    """Return by what each unit is dealt, (U,): its most frequent label, or of several labels an image the rarest one.
+
+    The rarest is that of fewest images, the first of equals; a unit without any label has the number K.
+
+    Examples:
+        >>> strata(np.array([0, 0, 1, 2]), np.array([[1, 0], [0, 1], [1, np.nan], [0, 0.5]])).tolist()
+        [1, 0, 2]
+    """
+    if labels.ndim == 1:
+        return unit_labels(unit, labels)
+    present = labels == 1
+    held = np.zeros((int(unit.max(initial=-1)) + 1, labels.shape[1]), dtype=bool)
+    np.logical_or.at(held, unit, present)
+    rarest_first = np.argsort(present.sum(0), kind="stable")
+    ordered = held[:, rarest_first]
+    found: NDArray[np.int64] = np.where(ordered.any(1), rarest_first[ordered.argmax(1)], labels.shape[1])
+    return found
+
+
 def unit_keys(unit: NDArray[np.int64], digests: NDArray[np.uint8], key: int) -> NDArray[np.uint64]:
     """Return a pseudo-random number for each unit, from its images and `key` alone: (U,).
 
@@ -155,7 +182,7 @@ def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _deal(
-    labels: NDArray[np.int64],
+    labels: Labels,
     unit: NDArray[np.int64],
     digests: NDArray[np.uint8],
     seed: int,
@@ -163,7 +190,7 @@ def _deal(
     test_share: float,
 ) -> NDArray[np.int8]:
     """Return the split of each example: shares of the units of each label, at least one where there are enough."""
-    rank, size = rank_within(unit_labels(unit, labels), unit_keys(unit, digests, derive(seed, "splits")))
+    rank, size = rank_within(strata(unit, labels), unit_keys(unit, digests, derive(seed, "splits")))
     enough = size >= 1 + (validation_share > 0) + (test_share > 0)
     test = np.maximum(np.floor(test_share * size + 0.5), enough & (test_share > 0))
     validation = np.maximum(np.floor(validation_share * size + 0.5), enough & (validation_share > 0))
@@ -172,7 +199,7 @@ def _deal(
 
 
 def _clean(
-    labels: NDArray[np.int64],
+    labels: Labels,
     digests: NDArray[np.uint8],
     unit: NDArray[np.int64],
     given: NDArray[np.int8],
@@ -202,7 +229,7 @@ def _highest(groups: NDArray[np.int64], given: NDArray[np.int8]) -> NDArray[np.i
 
 
 def _carve_validation(
-    labels: NDArray[np.int64],
+    labels: Labels,
     digests: NDArray[np.uint8],
     unit: NDArray[np.int64],
     splits: NDArray[np.int8],
@@ -218,12 +245,19 @@ def _carve_validation(
     return carved
 
 
-def _require_usable(result: Assignment, labels: NDArray[np.int64], label_names: tuple[str, ...]) -> None:
+def _require_usable(result: Assignment, labels: Labels, label_names: tuple[str, ...]) -> None:
     kept = result.splits[result.keep]
-    trained = np.bincount(labels[result.keep][kept == TRAIN], minlength=len(label_names))
-    missing = [name for name, count in zip(label_names, trained, strict=True) if not count]
+    trained = labels[result.keep][kept == TRAIN]
+    counts = np.bincount(trained, minlength=len(label_names)) if labels.ndim == 1 else (trained == 1).sum(0)
+    missing = [name for name, count in zip(label_names, counts, strict=True) if not count]
     if missing:
         raise DataError(f"splits: no training image has label {missing[0]!r}: add some, or leave the label out")
+    always = [] if labels.ndim == 1 else [label_names[k] for k in np.flatnonzero(~(trained == 0).any(0))]
+    if always:
+        raise DataError(
+            f"splits: no training image lacks label {always[0]!r}: add some, leave the label out, or take what was not "
+            "annotated for absent (--blank zeros)"
+        )
     for split in (VALIDATION, TEST):
         if not (kept == split).any():
             raise DataError(
