@@ -18,7 +18,7 @@ def show(result: Mapping[str, Any], folder: Path, console: Console | None = None
     console = console or Console()
     if result["weights"]["source"] == "none":
         console.print("Random backbone weights (--weights none): these figures say nothing about transfer learning.")
-    table = Table(title=_title(result), title_justify="left", padding=(0, 0, 0, 1))
+    table = Table(title=_title(result), title_justify="left", padding=(0, 0, 0, 1), caption=_caption(result))
     for column in ("", "images", "AUC", "95 % interval", "accuracy", "precision", "recall"):
         table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     _row(table, "federated", result["test"]["pooled"])
@@ -35,6 +35,12 @@ def show(result: Mapping[str, Any], folder: Path, console: Console | None = None
 
 def _title(result: Mapping[str, Any]) -> str:
     return f"{result['status'].replace('_', ' ')}: best round {result['best_round']} of {len(result['rounds']) - 1}"
+
+
+def _caption(result: Mapping[str, Any]) -> str | None:
+    """Say what the figures are where an image has several labels; the report has those of each."""
+    task = result["config"]["task"]
+    return f"all figures: means over {len(task['labels'])} labels" if task["kind"] == "multi-label" else None
 
 
 def _row(table: Table, name: str, figures: Mapping[str, Any]) -> None:

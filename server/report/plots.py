@@ -161,18 +161,19 @@ def _operating_ring(run: Run, canvas: Canvas) -> Dot | None:
 
 
 def reliability(run: Run) -> Plot | None:
-    """Accuracy against confidence; a dot's area is its share of the images."""
+    """Accuracy against confidence; a dot's area is its share of the images, or of all annotations of several labels."""
     bins = run.section("curves").get("reliability")
     if not bins:
         return None
     canvas = square()
     most = max(point["n"] for point in bins)
+    counted = "annotation" if run.several else "image"
     dots = tuple(
         Dot(
             *canvas.at(point["confidence"], point["accuracy"]),
             round(max(2.5, 11 * math.sqrt(point["n"] / most)), 1),
             f"confidence {fixed(point['confidence'])}, accuracy {fixed(point['accuracy'])}, "
-            f"{plural(point['n'], 'image')}",
+            f"{plural(point['n'], counted)}",
         )
         for point in bins
     )

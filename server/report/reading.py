@@ -25,6 +25,11 @@ class Score:
         return self.values.get("examples")
 
     @property
+    def annotated(self) -> int | None:
+        """Images that were annotated for this one of several labels; `None` of anything else."""
+        return self.values.get("annotated")
+
+    @property
     def support(self) -> Mapping[str, int | None]:
         """Images of each label."""
         return self.values.get("support") or {}
@@ -56,10 +61,19 @@ class Score:
         """Why a metric of these images is a dash."""
         if self.n is None:
             return "not measured"
+        if self.annotated is not None:
+            return _why_of_one(self.n, self.annotated)
         if self.n == 0:
             return "undefined: no images"
+        if self._several:
+            return "undefined: no label is both present and absent"
         present = sum(1 for count in self.support.values() if count)
         return "undefined: one label only" if present == 1 else "undefined"
+
+    @property
+    def _several(self) -> bool:
+        """Whether an image has several labels: then each tells how many images were annotated for it."""
+        return any("annotated" in (figures or {}) for figures in (self.values.get("per_class") or {}).values())
 
     def get(self, key: str) -> float | None:
         """One metric."""
@@ -70,7 +84,7 @@ class Score:
         return Figure(fixed(self.get(key)), self.why if self.get(key) is None else "")
 
     def label(self, name: str) -> Score:
-        """The figures of one label."""
+        """The figures of one label; `n` is the number of images that have it."""
         return Score({**((self.values.get("per_class") or {}).get(name) or {}), "examples": self.support.get(name)})
 
     @property
@@ -190,15 +204,27 @@ class Run:
         return self.section("weights").get("source") == "none"
 
     @property
+    def several(self) -> bool:
+        """Whether an image has several labels, each present or absent, and not exactly one."""
+        return self.section("config", "task").get("kind") == "multi-label"
+
+    @property
     def subject(self) -> str:
         """Whose precision and recall the headline figures are."""
-        if len(self.labels) == 2:
+        if len(self.labels) == 2 and not self.several:
             return f"of label “{self.labels[1]}”"
         return f"mean over {len(self.labels)} labels" if self.labels else ""
 
 
 def _scores(found: Mapping[str, Any] | None) -> dict[str, Score]:
     return {site: Score((found or {})[site] or {}) for site in sorted(found or {}, key=natural)}
+
+
+def _why_of_one(present: int, annotated: int) -> str:
+    """Say why a figure of one of several labels is undefined."""
+    if annotated == 0:
+        return "undefined: not annotated in any image"
+    return {0: "undefined: present in no image", annotated: "undefined: absent in no image"}.get(present, "undefined")
 
 
 def natural(name: str) -> str:

@@ -53,7 +53,7 @@ def tiles(run: Run) -> list[Tile]:
     """Return the four headline figures, none if there was no test."""
     named = [
         ("auc", "AUC", f"95{GAP}% interval {run.test.interval_text or DASH}"),
-        ("accuracy", "Accuracy", "all labels"),
+        ("accuracy", "Accuracy", run.subject if run.several else "all labels"),
         ("precision", "Precision", run.subject),
         ("recall", "Recall", run.subject),
     ]
@@ -205,18 +205,30 @@ class LabelRow:
     name: str
     colour: int
     n: str
+    annotated: str  # images that were annotated, of several labels an image
+    interval: str
     figures: list[Figure]
+    chosen: list[Figure]  # at the label's own operating point
 
 
 def labels(run: Run) -> list[LabelRow]:
     """Return a row for each label, none if there was no test."""
     if not run.test.values:
         return []
-    scores = [run.test.label(label) for label in run.labels]
-    return [
-        LabelRow(label, place % COLOURS, grouped(score.n), [score.figure(key) for key, _ in PER_LABEL])
-        for place, (label, score) in enumerate(zip(run.labels, scores, strict=True))
-    ]
+    return [_label(run.test.label(label), label, place) for place, label in enumerate(run.labels)]
+
+
+def _label(score: Score, name: str, place: int) -> LabelRow:
+    point = score.operating_point
+    return LabelRow(
+        name=name,
+        colour=place % COLOURS,
+        n=grouped(score.n),
+        annotated=grouped(score.annotated),
+        interval=score.interval_text or DASH,
+        figures=[score.figure(key) for key, _ in PER_LABEL],
+        chosen=[Figure(fixed(point.get(key)), "" if point.values else "no operating point") for key in OPERATING],
+    )
 
 
 # Notes

@@ -121,7 +121,9 @@ def _tallied(tally: Counter[str]) -> str:
 
 
 def _one_sided(run: Run, sites: list[str]) -> Iterator[str]:
-    """Being better than a site that never saw a second label is no merit."""
+    """Being better than a site that never saw a second label is no merit; of several labels an image none is alone."""
+    if run.several:
+        return
     poor = [site for site in sites if sum(1 for n in run.section("sites", site, "labels").values() if n) == 1]
     if poor:
         holds, learn = ("holds", "its own model") if len(poor) == 1 else ("hold", "their own models")
