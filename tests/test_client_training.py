@@ -21,6 +21,7 @@ from client.training import (
     Fitted,
     add_proximal_gradient,
     base_lr,
+    example_losses,
     fit,
     learning_rate,
     steps_per_round,
@@ -413,3 +414,148 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     losses = [trained(upper, features, labels, training, round_number=number).loss for number in (1, 2, 3)]
     assert losses[2] < losses[1] < losses[0]
     assert losses[2] < 0.5
+
+
+# Several labels an image
+
+
+def targets_of(examples: int, labels: int = 3, seed: int = 4) -> Tensor:
+    """Targets with what is present, absent, in between and not annotated."""
+    stream = np.random.default_rng(seed)
+    return torch.from_numpy(stream.choice(np.array([0, 1, 0.5, np.nan], np.float32), (examples, labels)))
+
+
+def test_the_loss_is_the_mean_over_what_was_annotated() -> None:
+    logits, targets = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), targets_of(20)
+    weights = torch.tensor([[0.7, 1.0, 2.0], [3.0, 1.0, 0.4]])
+    terms = [
+        weights[1, k] * t * math.log1p(math.exp(-z)) + weights[0, k] * (1 - t) * math.log1p(math.exp(z))
+        for row, truth in zip(logits.tolist(), targets.tolist(), strict=True)
+        for k, (z, t) in enumerate(zip(row, truth, strict=True))
+        if not math.isnan(t)
+    ]
+    torch.testing.assert_close(weighted_loss(logits, targets, weights), torch.tensor(np.mean(terms)).float())
+
+
+def test_what_was_not_annotated_gets_no_gradient_and_takes_none_away() -> None:
+    logits = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    targets, weights = targets_of(12), torch.ones(2, 3)
+    weighted_loss(logits, targets, weights).backward()
+    assert logits.grad is not None
+    known = ~targets.isnan()
+    wanted = (torch.sigmoid(logits) - targets.nan_to_num()) / known.sum()
+    torch.testing.assert_close(logits.grad, wanted.detach() * known)
+    assert not logits.grad[~known].any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_nothing_annotated_is_no_loss_and_no_nan(scale: float) -> None:
+    logits = torch.full((4, 3), scale, requires_grad=True)
+    loss = weighted_loss(logits, torch.full((4, 3), torch.nan), torch.ones(2, 3))
+    loss.backward()
+    assert logits.grad is not None
+    assert loss.item() == 0 and not logits.grad.any()
+    assert example_losses(logits, torch.full((4, 3), torch.nan), torch.ones(2, 3)).tolist() == [0] * 4
+    assert torch.isfinite(weighted_loss(logits, torch.zeros(4, 3), torch.ones(2, 3)))
+
+
+def test_the_losses_of_the_examples_have_the_mean_of_the_batch() -> None:
+    """With one label an image always, with several where all have as many annotations."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 3, generator=generator)
+    labels, targets = torch.randint(3, (8,), generator=generator), targets_of(8).nan_to_num()
+    targets[:, 1] = torch.nan
+    for truth, weights in ((labels, torch.tensor([1.0, 2.0, 0.5])), (targets, torch.rand(2, 3, generator=generator))):
+        losses = example_losses(logits, truth, weights)
+        assert losses.shape == (8,)
+        torch.testing.assert_close(losses.mean(), weighted_loss(logits, truth, weights))
+        single = [weighted_loss(logits[i : i + 1], truth[i : i + 1], weights) for i in range(8)]
+        torch.testing.assert_close(losses, torch.stack(single))
+
+
+def test_training_on_several_labels_lowers_the_loss_and_leaves_a_masked_label_alone(tmp_path: Path) -> None:
+    features, _ = problem(tmp_path, examples=40)
+    rows = features.resident
+    assert rows is not None
+    targets = (rows[0, :, :3] > 0).float()
+    targets[:, 2] = torch.nan
+    upper = head_of(5)
+    before = upper.head.linear.weight.detach().clone()
+    training = Training(rounds=1, local_epochs=1, batch_size=8, lr=0.05, schedule="constant")
+    losses = [trained(upper, features, targets, training, class_weights=torch.ones(2, 3)).loss for _ in range(6)]
+    assert losses[-1] < 0.6 * losses[0]
+    after = upper.head.linear.weight.detach()
+    assert torch.equal(after[2], before[2]) and not torch.equal(after[:2], before[:2])
+
+
+# Patients instead of images
+
+
+def visits(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, patients: np.ndarray, training: Training, **choices: object
+) -> list[list[int]]:
+    """The examples of each batch."""
+    seen: list[list[int]] = []
+    features, labels = problem(folder, examples=len(patients))
+    plain = Features.batch
+
+    def batch(self: Features, view: Tensor, index: Tensor) -> Tensor:
+        seen.append(index.tolist())
+        return plain(self, view, index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Features, "batch", batch)
+        trained(head_of(5), features, labels, training, patients=patients, **choices)
+    return seen
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 64])
+def test_an_epoch_of_patients_visits_each_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int) -> None:
+    patients = np.array([7, 3, 7, 9, 3, 7, 1, 2, 2, 5, 6, 7])
+    indices = np.array([0, 1, 2, 3, 4, 5, 6, 8, 9])  # patients 7, 3, 9, 1, 2, 5
+    training = Training(rounds=3, local_epochs=4, batch_size=size, draw="patients")
+    batches = visits(monkeypatch, tmp_path, patients, training, indices=indices)
+    each = math.ceil(6 / size)
+    assert len(batches) == 4 * each
+    for epoch in range(4):
+        drawn = np.concatenate(batches[epoch * each : (epoch + 1) * each])
+        assert sorted(patients[drawn]) == [1, 2, 3, 5, 7, 9]
+        assert set(drawn) <= set(indices.tolist())
+
+
+def test_every_image_of_a_patient_is_as_likely_as_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    patients = np.array([4, 4, 4, 8, 8, 2])
+    training = Training(rounds=1, local_epochs=600, batch_size=9, draw="patients")
+    counts = np.bincount(np.concatenate(visits(monkeypatch, tmp_path, patients, training)), minlength=6)
+    assert counts[5] == 600
+    assert (np.abs(counts[:3] - 200) < 60).all() and (np.abs(counts[3:5] - 300) < 60).all()
+
+
+def test_the_draw_of_patients_is_the_sites_and_the_rounds_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    patients = np.arange(40) // 4
+    training = Training(rounds=3, local_epochs=1, batch_size=5, draw="patients")
+    first, again, other, later = (
+        visits(monkeypatch, tmp_path, patients, training, **choices)
+        for choices in ({}, {}, {"site": "site-2"}, {"round_number": 2})
+    )
+    assert first == again
+    assert first != other and first != later
+
+
+@pytest.mark.parametrize("patients", [None, np.arange(12) // 3])
+def test_patients_mean_nothing_where_images_are_drawn(tmp_path: Path, patients: np.ndarray | None) -> None:
+    features, labels = problem(tmp_path)
+    training = Training(rounds=1, local_epochs=2, batch_size=5)
+    plain, given_patients = head_of(5), head_of(5)
+    trained(plain, features, labels, training)
+    trained(given_patients, features, labels, training, patients=patients)
+    assert bytes_of(plain) == bytes_of(given_patients)
+
+
+def test_patients_with_one_image_each_take_the_steps_of_their_images(tmp_path: Path) -> None:
+    features, labels = problem(tmp_path)
+    training = Training(rounds=1, local_epochs=1, batch_size=5, draw="patients")
+    assert trained(head_of(5), features, labels, training, patients=np.arange(12)).steps == 3
+    assert trained(head_of(5), features, labels, training, patients=np.zeros(12, int)).steps == 1
+    fixed = training.model_copy(update={"local_epochs": None, "local_steps": 4})
+    assert trained(head_of(5), features, labels, fixed, patients=np.zeros(12, int)).steps == 4

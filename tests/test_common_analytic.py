@@ -17,6 +17,7 @@ from common.analytic import (
     LOGIT_SCALE,
     Sums,
     balanced_weights,
+    labelwise_sums,
     ridge_heads,
     standardiser,
     sums,
@@ -235,3 +236,90 @@ def test_balanced_weights_make_every_label_present_weigh_the_same(counts: list[i
     np.testing.assert_allclose((weights * support)[present], support.sum() / len(support))
     assert weights[~present].tolist() == [1.0] * int((~present).sum())
     assert weights.dtype == np.float64
+
+
+# ------------------------------------------------------------------------------------------- several labels an image
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Examples with several labels, some not annotated and some in between, with the site of each."""
+
+    inputs: np.ndarray
+    targets: np.ndarray  # (n, K)
+    weights: np.ndarray  # (2, K)
+    sites: np.ndarray
+
+    def added(self, *, gram: bool = True) -> Sums:
+        rows = [self.sites == site for site in range(self.sites.max() + 1)]
+        return reduce(add, [labelwise_sums(self.inputs[r], self.targets[r], self.weights, gram=gram) for r in rows])
+
+
+@st.composite
+def findings(draw: st.DrawFn) -> Findings:
+    """Data of which whole sites lack a label, as they would be summed with any weights."""
+    stream = numpy_stream(draw(st.integers(0, 2**32)), "findings")
+    n, width, k = draw(st.integers(6, 60)), draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    targets = (stream.random((n, k)) < 0.4).astype(np.float32)
+    inputs = stream.normal(size=(n, width)) + targets @ stream.normal(size=(k, width)) + stream.uniform(-9, 9, width)
+    sites = np.arange(n) % draw(st.integers(1, 4))
+    targets[stream.random((n, k)) < draw(st.sampled_from([0.0, 0.4]))] = np.nan
+    targets[stream.random((n, k)) < draw(st.sampled_from([0.0, 0.2]))] = 0.5
+    if draw(st.booleans()):
+        targets[sites == 0, 0] = np.nan
+    return Findings(inputs, targets, stream.uniform(0.2, 4.0, (2, k)), sites)
+
+
+@law
+@given(findings())
+def test_masked_sums_give_each_label_its_own_pooled_ridge_solution(pool: Findings) -> None:
+    """By scikit-learn, on the annotated examples; one in between is two examples of a share of the weight each."""
+    added = pool.added()
+    mean, scale = standardiser(added)
+    z = (pool.inputs - mean.astype(float)) * scale.astype(float)
+    for penalty, (weight, bias) in zip(PENALTIES, ridge_heads(added, mean, scale, PENALTIES), strict=True):
+        assert (weight.shape, weight.dtype, bias.dtype) == ((pool.targets.shape[1], z.shape[1]), np.float32, np.float32)
+        for k, column in enumerate(pool.targets.T.astype(float)):
+            known = np.flatnonzero(~np.isnan(column))
+            if not len(known):
+                assert not weight[k].any() and bias[k] == 0
+                continue
+            share = column[known]
+            w = np.concatenate([pool.weights[1, k] * share, pool.weights[0, k] * (1 - share)])
+            oracle = Ridge(alpha=penalty * w.sum(), solver="cholesky")
+            oracle.fit(z[np.tile(known, 2)], np.repeat([1.0, 0.0], len(known)), sample_weight=w)
+            np.testing.assert_allclose(weight[k], 2 * LOGIT_SCALE * oracle.coef_, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(bias[k], LOGIT_SCALE * (2 * oracle.intercept_ - 1), rtol=1e-5, atol=1e-5)
+
+
+@law
+@given(findings())
+def test_a_label_that_everybody_annotated_gets_the_difference_of_two_labels(pool: Findings) -> None:
+    y = (np.nan_to_num(pool.targets) == 1).astype(int)
+    full = labelwise_sums(pool.inputs, y.astype(np.float32), pool.weights, gram=True)
+    mean, scale = standardiser(full)
+    for k in range(y.shape[1]):
+        two = sums(pool.inputs, y[:, k], pool.weights[:, k], gram=True)
+        np.testing.assert_array_equal(standardiser(two), (mean, scale))
+        for (weight, bias), (rows, offsets) in zip(
+            ridge_heads(full, mean, scale, PENALTIES), ridge_heads(two, mean, scale, PENALTIES), strict=True
+        ):
+            np.testing.assert_allclose(weight[k], rows[1] - rows[0], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(bias[k], offsets[1] - offsets[0], rtol=1e-4, atol=1e-5)
+
+
+@law
+@given(findings())
+def test_without_the_gram_matrix_mean_and_deviation_are_the_same(pool: Findings) -> None:
+    short, whole = pool.added(gram=False), pool.added()
+    assert (short.gram.shape, short.cross.shape) == ((pool.targets.shape[1], 0), (0, 0))
+    for name in ("count", "total", "squares", "weight", "weighted", "targets"):
+        np.testing.assert_array_equal(getattr(short, name), getattr(whole, name))
+
+
+def test_balanced_weights_of_several_labels_even_out_each_by_itself() -> None:
+    counts = np.array([[30, 8, 5], [10, 8, 0]])  # absent, present
+    weights = balanced_weights(counts)
+    np.testing.assert_allclose(weights, [[40 / 60, 1.0, 0.5], [2.0, 1.0, 1.0]])
+    for k in range(2):
+        np.testing.assert_array_equal(weights[:, k], balanced_weights(counts[:, k]))
