@@ -19,7 +19,7 @@ from client.cohort import SPLITS, Cohort
 from client.memory import Memory
 from client.site import Site
 from client.workshop import Workshop, threads
-from common import analytic, checkpoint, codec, metrics, model
+from common import analytic, checkpoint, codec, metrics, model, multilabel
 from common.errors import SiteRefusal
 from common.messages import (
     Describe,
@@ -548,3 +548,127 @@ def test_a_site_without_training_examples_gives_an_update_of_nothing(hospital: H
     assert isinstance(trained, Trained)
     assert (summed.count.tolist(), summed.gram.any()) == ([0.0], np.False_)
     assert (trained.num_examples, trained.train_loss, np.abs(trained.weights).max()) == (0, 0.0, 0.0)
+
+
+# Several labels an image
+
+FINDINGS = ("mass", "effusion", "nodule")
+MULTI: dict[str, dict[str, Any]] = {"task": {"labels": FINDINGS, "kind": "multi-label"}}
+BOTH_SIDES = np.array([[0.8, 1.0, 0.5], [1.3, 1.0, 3.0]])
+
+
+@dataclass
+class Clinic(Hospital):
+    """A hospital whose images have several labels."""
+
+    def freeze(self) -> Freeze:
+        return replace(super().freeze(), class_weights=BOTH_SIDES)
+
+    def train(self, number: int = 1) -> Train:
+        return replace(super().train(number), edges=multilabel.coarse_edges(3, 32))
+
+    def evaluate(self, split: str = "validation") -> Evaluate:
+        return replace(super().evaluate(split), edges=multilabel.coarse_edges(3, 32))
+
+
+@pytest.fixture
+def clinic(cache: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Clinic:
+    """A hospital with several labels an image; the run that the test asks for: the head alone by default."""
+    plan = run_of(**(MULTI | getattr(request, "param", {})))
+    trunk, weights = built_for(plan.to_toml())
+    run = plan.model_copy(update={"model": plan.model.model_copy(update={"trunk_sha256": checkpoint.sha256(trunk)})})
+    values = np.array([0, 1, 0.5, np.nan], np.float32)
+    labels = np.random.default_rng(5).choice(values, (sum(SIZES), 3), p=[0.5, 0.3, 0.1, 0.1])
+    cohort = replace(pool(), labels=labels, label_names=FINDINGS)
+    return Clinic(cohort, run, trunk, weights, tmp_path / "memory", cache)
+
+
+both_cuts_of_a_clinic = pytest.mark.parametrize("clinic", [{}, DEEP], indirect=True, ids=["head", "stages:1"])
+
+
+@both_cuts_of_a_clinic
+def test_the_whole_conversation_with_several_labels(clinic: Clinic) -> None:
+    site = clinic.site()
+    described = site.handle(Describe(clinic.run.to_toml()))
+    assert isinstance(described, Description)
+    assert described.support.shape == (3, 4, 3)
+    assert (described.support.sum(1) == np.array(SIZES)[:, None]).all()
+    targets = clinic.cohort.labels[clinic.cohort.indices("train")]
+    clinic.settled(site)
+    summed = site.handle(clinic.statistics(BOTH_SIDES))
+    assert isinstance(summed, Summed)
+    assert summed.count.tolist() == [2 * SIZES[0]]  # every view counts
+    np.testing.assert_allclose(summed.targets, 2 * BOTH_SIDES[1] * np.nansum(targets, 0))
+    weights = BOTH_SIDES[1] * targets + BOTH_SIDES[0] * (1 - targets)
+    np.testing.assert_allclose(summed.weight, 2 * np.nansum(weights, 0), rtol=1e-6)
+
+    trained = site.handle(clinic.train())
+    assert isinstance(trained, Trained)
+    assert trained.num_examples == SIZES[0]
+    assert np.isfinite(trained.weights).all() and np.abs(trained.weights).max() > 0
+    for number, (split, size) in enumerate(zip(SPLITS, SIZES, strict=True)):
+        evaluated = site.handle(clinic.evaluate(split))
+        assert isinstance(evaluated, Evaluated)
+        found = multilabel.LabelwiseEvaluation.from_arrays(evaluated.__dict__, 3, size)
+        assert found.support.tolist() == described.support[number, :2].tolist()
+    base = content_of(site.handle(clinic.train(2)))
+    assert content_of(clinic.site().handle(clinic.train(2))) == base, "a restarted site remembers the run's labels"
+
+
+def test_labels_of_a_clinic_follow_the_order_of_head_inputs(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = clinic.settled(clinic.site()).handle(clinic.statistics(BOTH_SIDES))
+    monkeypatch.setattr(evaluation, "CHUNK", 7)
+    chunked = clinic.settled(clinic.site()).handle(clinic.statistics(BOTH_SIDES))
+    for name, value in base.__dict__.items():
+        np.testing.assert_allclose(getattr(chunked, name), value, rtol=1e-6, atol=1e-6)
+
+
+def test_labels_are_matched_by_name_and_one_that_is_lacking_is_masked(clinic: Clinic) -> None:
+    """A site with the columns of another order, one of them unknown to the run, answers as if it had the run's."""
+    whole = clinic.cohort
+    masked = whole.labels.copy()
+    masked[:, 1] = np.nan
+    base = replace(clinic, cohort=replace(whole, labels=masked), folder=clinic.folder / "a")
+    own = np.stack([whole.labels[:, 2], whole.labels[:, 1], whole.labels[:, 0]], axis=1)
+    other = replace(
+        clinic,
+        cohort=replace(whole, labels=own, label_names=("nodule", "fracture", "mass")),
+        folder=clinic.folder / "b",
+    )
+    for request in (Describe(clinic.run.to_toml()), clinic.statistics(BOTH_SIDES), clinic.evaluate(), clinic.train()):
+        one, two = (each.settled(each.site()).handle(request) for each in (base, other))
+        assert content_of(one) == content_of(two)
+    assert isinstance(one, Trained)
+    update = codec.decode(one.weights, codec.shapes_of(clinic.weights), "float32")["head.linear.weight"]
+    assert [bool(row.any()) for row in update] == [True, False, True]
+    support = base.site().handle(Describe(clinic.run.to_toml())).support  # type: ignore[union-attr]
+    assert support[:, :, 1].tolist() == [[0, 0, 0, size] for size in SIZES]
+
+
+def test_a_site_of_another_kind_or_without_any_of_the_labels_is_refused(clinic: Clinic, hospital: Hospital) -> None:
+    single = run_of(task={"labels": FINDINGS})
+    strangers = run_of(task={"labels": ("fracture", "tumour"), "kind": "multi-label"})
+    assert refused(clinic.site(), Describe(single.to_toml())) == "labels_differ"
+    assert refused(clinic.site(), Describe(strangers.to_toml())) == "labels_differ"
+    several = run_of(task={"kind": "multi-label"})
+    assert refused(hospital.site(), Describe(several.to_toml())) == "labels_differ"
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [np.ones(3), np.ones((1, 3)), np.ones((3, 2)), np.ones((2, 2)), np.full((2, 3), np.nan), np.full((2, 3), -1.0)],
+)
+def test_class_weights_of_a_clinic_have_both_sides_and_are_finite(clinic: Clinic, weights: np.ndarray) -> None:
+    site = clinic.settled(clinic.site())
+    assert refused(site, clinic.statistics(weights)) == "malformed"
+    assert refused(site, replace(clinic.freeze(), class_weights=weights)) == "malformed"
+
+
+@pytest.mark.parametrize("clinic", [{"training": {"draw": "patients"}}], indirect=True)
+def test_a_site_draws_patients_where_the_run_says_so(clinic: Clinic) -> None:
+    patients = np.arange(sum(SIZES)) // 3
+    paired = replace(clinic, cohort=replace(clinic.cohort, patients=patients), folder=clinic.folder / "paired")
+    alone, drawn = (each.settled(each.site()).handle(clinic.train()) for each in (clinic, paired))
+    assert isinstance(alone, Trained) and isinstance(drawn, Trained)
+    assert alone.num_examples == drawn.num_examples == SIZES[0]
+    assert content_of(alone)["weights"] != content_of(drawn)["weights"]

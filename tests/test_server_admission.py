@@ -10,9 +10,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from common import codec, metrics
-from common.messages import Evaluated, Trained
-from server.admission import REASONS, Expectation, Rejected, admit_evaluation, admit_update
+from common import analytic, codec, metrics, multilabel
+from common.messages import Evaluated, Statistics, Summed, Trained
+from server.admission import REASONS, Expectation, Rejected, admit_evaluation, admit_sums, admit_update
 from server.evaluation import first_edges
 
 SHAPES = {"body": (2, 3), "head": (2,)}
@@ -231,3 +231,119 @@ def test_an_empty_split_has_empty_statistics():
     nothing = np.array([0, 0])
     assert admit_evaluation(Evaluated(**evaluation(nothing)), nothing, BINS).examples == 0
     rejects_evaluation(Evaluated(**evaluation()), nothing)
+
+
+# ---------------------------------------------------------------------------------------- several labels an image
+
+# By state (present, absent, between, missing) and label: 12 training examples.
+TRAIN_STATES = np.array([[5, 2, 4], [4, 6, 0], [1, 0, 2], [2, 4, 6]])
+BOTH_SIDES = np.array([[0.5, 1.0, 2.0], [3.0, 1.0, 0.7]])
+WIDTH = 4
+
+
+def targets_of(states):
+    """Targets that are in these states: (N, K)."""
+    columns = [np.repeat(np.array([1, 0, 0.5, np.nan], np.float32), column) for column in states.T]
+    return np.stack([np.random.default_rng(k).permutation(column) for k, column in enumerate(columns)], axis=1)
+
+
+def labelwise(states=TRAIN_STATES, seed=0):
+    targets = targets_of(states)
+    logits = np.random.default_rng(seed).normal(size=targets.shape)
+    return multilabel.evaluate(logits, targets, multilabel.coarse_edges(3, BINS)).arrays()
+
+
+def test_statistics_of_several_labels_are_taken_as_they_are():
+    found = admit_evaluation(Evaluated(**labelwise()), TRAIN_STATES, BINS)
+    assert found.examples == 12
+    assert found.support.tolist() == TRAIN_STATES[:2].tolist()
+    for name, value in labelwise().items():
+        assert np.array_equal(found.arrays()[name], value)
+
+
+@pytest.mark.parametrize("label", range(3))
+@pytest.mark.parametrize(("one", "other"), [(0, 1), (0, 2), (0, 3), (1, 3)])
+def test_annotations_of_another_state_than_declared_are_refused(label, one, other):
+    declared = TRAIN_STATES.copy()
+    declared[one, label] += 1
+    declared[other, label] -= 1
+    rejects_evaluation(Evaluated(**labelwise()), declared)
+
+
+@pytest.mark.parametrize("name", metrics.FIELDS)
+def test_another_type_or_shape_of_several_labels_is_refused(name):
+    sent = labelwise()
+    other = np.float32 if sent[name].dtype == np.float64 else np.float64
+    value = sent[name]
+    for wrong in (value.astype(other), value[:-1], value[None], value[..., None], np.zeros((0, 0), np.int64)):
+        rejects_evaluation(Evaluated(**{**sent, name: wrong}), TRAIN_STATES)
+
+
+@given(st.sampled_from(["confusion", "positives", "negatives"]), st.data())
+def test_moving_one_annotation_is_noticed(name, data):
+    sent = labelwise()
+    counts = sent[name].copy()
+    counts.flat[data.draw(st.integers(0, counts.size - 1))] += data.draw(st.integers(1, 5))
+    rejects_evaluation(Evaluated(**{**sent, name: counts}), TRAIN_STATES)
+
+
+def test_statistics_of_one_kind_are_not_those_of_the_other():
+    rejects_evaluation(Evaluated(**evaluation()), TRAIN_STATES)
+    rejects_evaluation(Evaluated(**labelwise()), SUPPORT[1])
+    rejects_evaluation(Evaluated(**labelwise()), TRAIN_STATES, bins=BINS + 1)
+
+
+def test_an_update_is_of_the_declared_examples_of_several_labels():
+    expected = Expectation(SHAPES, "float32", np.stack([TRAIN_STATES, TRAIN_STATES, TRAIN_STATES]))
+    admit_update(trained(num_examples=12), expected)
+    rejects("examples_differ", trained(num_examples=11), expected)
+    rejects("examples_differ", trained(num_examples=36), expected)
+
+
+def summed(**changes):
+    """The sums of a site with several labels, changed by a function of the value."""
+    inputs = np.random.default_rng(1).normal(size=(12, WIDTH))
+    values = analytic.labelwise_sums(inputs, targets_of(TRAIN_STATES), BOTH_SIDES, gram=True).__dict__
+    return Summed(**{name: changes[name](value) if name in changes else value for name, value in values.items()})
+
+
+def asked(weights=BOTH_SIDES, gram=True):
+    return Statistics("", weights, gram)
+
+
+def test_sums_of_several_labels_are_admitted_with_and_without_their_matrices():
+    found = admit_sums(summed(), asked(), TRAIN_STATES, WIDTH)
+    assert found.gram.shape == (3, 10) and found.weighted.shape == (3, WIDTH)
+    short = replace(summed(), gram=np.zeros((3, 0)), cross=np.zeros((0, 0)))
+    admit_sums(short, asked(gram=False), TRAIN_STATES, WIDTH)
+
+
+SHIFTED = {name: lambda value: value + 0.01 for name in ("count", "weight", "targets")}
+HOSTILE = {
+    **{f"other {name}": {name: change} for name, change in SHIFTED.items()},
+    **{f"{name} of NaN": {name: lambda value: value * np.nan} for name in Summed.__dataclass_fields__},
+    **{f"flat {name}": {name: lambda value: value.reshape(-1)[:-1]} for name in Summed.__dataclass_fields__},
+    "more present than can be": {
+        "targets": lambda value: value + BOTH_SIDES[1] * 1.5,
+        "weight": lambda value: value + (BOTH_SIDES[1] - BOTH_SIDES[0]) * 1.5,
+    },
+    "fewer present than can be": {
+        "targets": lambda value: value - BOTH_SIDES[1] * 1.5,
+        "weight": lambda value: value - (BOTH_SIDES[1] - BOTH_SIDES[0]) * 1.5,
+    },
+    "endless": {"gram": lambda value: value + 1e300},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_sums_that_contradict_what_was_declared_are_refused(case):
+    with pytest.raises(Rejected, match="bad_statistics"):
+        admit_sums(summed(**HOSTILE[case]), asked(), TRAIN_STATES, WIDTH)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_what_is_in_between_may_count_as_any_share(share):
+    targets = targets_of(TRAIN_STATES)
+    targets[targets == 0.5] = share
+    sums = analytic.labelwise_sums(np.ones((12, WIDTH)), targets, BOTH_SIDES, gram=False)
+    admit_sums(Summed(**sums.__dict__), asked(gram=False), TRAIN_STATES, WIDTH)
