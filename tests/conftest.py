@@ -29,6 +29,7 @@ from simulations.hospitals import open_in_process
 SIDE = 32
 SITES = ("north", "south", "west")
 LABELS = ("dark", "bright")
+FINDINGS = ("glow", "third")
 # Examples by site: (train, validation, test); labels alternate.
 SIZES = {"north": (16, 10, 10), "south": (24, 10, 10), "west": (8, 10, 10)}
 
@@ -124,6 +125,20 @@ class Lab:
         ends = np.cumsum([sum(counts) for counts in sizes.values()])[:-1]
         parts = np.split(np.arange(len(splits)), ends)
         return {name: dealt.subset(part) for name, part in zip(sizes, parts, strict=True)}
+
+    def clinics(self, masked: str = "") -> dict[str, Cohort]:
+        """Return the sites with two findings an image, one told by brightness; `masked` never annotated the second.
+
+        Of each site some annotations are open, some uncertain.
+        """
+        rows = np.arange(len(self.pool))
+        labels = np.stack([self.pool.labels, rows % 3 == 0], axis=1).astype(np.float32)
+        labels[rows % 11 == 5, 0] = np.nan
+        labels[rows % 13 == 6, 1] = 0.5
+        if masked:
+            labels[self.parts[masked], 1] = np.nan
+        several = replace(self.pool, labels=labels, label_names=FINDINGS)
+        return {name: several.subset(self.parts[name]) for name in SITES}
 
     def cohorts(self, *names: str) -> dict[str, Cohort]:
         """Return the cohorts of some sites, of all by default."""

@@ -217,6 +217,9 @@ BAD = {
     "both lengths": ["--local-epochs", "1", "--local-steps", "2"],
     "a wire type": ["--wire", "float8"],
     "natural sites where there are none": ["--partition", "natural"],
+    "a word for uncertain": ["--uncertain", "maybe"],
+    "a word for blank": ["--blank", "ones"],
+    "something else to draw": ["--draw", "sites"],
     "privacy, which is not there yet": ["--epsilon", "3"],
     "a data set that is not there": ["--dataset", "missing.npz"],
     "a configuration that is not there": ["--config", "missing.toml"],
@@ -304,6 +307,70 @@ def test_ray_gives_the_same_bytes(finished: tuple[Path, dict], data: Path, cache
     options = ["simulate", "--dataset", data, "--cache", cache, *QUICK, "--no-baselines", "--output", tmp_path / "run"]
     assert run_process(*options, "--backend", "ray")[0] == 0
     assert (tmp_path / "run/model/upper.safetensors").read_bytes() == (folder / "model/upper.safetensors").read_bytes()
+
+
+def several_findings(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return images with any of three findings, two to a patient, some open or uncertain, one nowhere at one site."""
+    rng = np.random.default_rng(seed)
+    found = rng.random((count, 3)) < (0.4, 0.3, 0.3)
+    images = np.full((count, 24, 24), 100.0)
+    for finding, place in enumerate((np.s_[:, 2:8, 2:8], np.s_[:, 14:22, 2:10], np.s_[:, 4:20, 15:20])):
+        images[place] += 70 * found[:, finding, None, None]
+    labels, open_ = found.astype(float), rng.random((count, 3))
+    labels[open_ < 0.05], labels[open_ > 0.95] = -1, np.nan
+    site = np.array(["east", "north", "south"])[np.arange(count) // 2 % 3]
+    labels[site == "east", 2] = np.nan
+    return {
+        "images": (images + rng.normal(0, 15, images.shape)).clip(0, 255).astype(np.uint8),
+        "labels": labels,
+        "label_names": np.array(["mass", "effusion", "nodule"]),
+        "patient": np.arange(count) // 2,
+        "site": site,
+    }
+
+
+SEVERAL = ["--partition", "natural", "--uncertain", "soft", "--draw", "patients"]
+
+
+@pytest.fixture(scope="module")
+def clinics(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict]:
+    """Return data with several labels an image, and folder and result of a run on them."""
+    folder = tmp_path_factory.mktemp("clinics")
+    np.savez(folder / "findings.npz", **several_findings(180))
+    code, output, _ = simulate(folder / "findings.npz", cache, folder / "run", "--json", *SEVERAL)
+    assert code == 0
+    return folder / "findings.npz", folder / "run", json.loads(output)
+
+
+def test_several_labels_an_image_from_file_to_report(clinics: tuple[Path, Path, dict]) -> None:
+    _, folder, result = clinics
+    pooled = result["test"]["pooled"]
+    assert result["status"] == "completed" and pooled.keys() == METRICS
+    assert result["config"]["task"]["kind"] == "multi-label"
+    assert result["config"]["data"]["uncertain"] == "soft" and result["config"]["training"]["draw"] == "patients"
+    assert list(pooled["per_class"]) == ["mass", "effusion", "nodule"] and pooled["auc"] > 0.9
+    assert result["sites"]["east"]["annotated"]["nodule"] == 0
+    assert result["test"]["sites"]["east"]["per_class"]["nodule"]["auc"] is None
+    assert set(result["baselines"]["local"]) == {"east", "north", "south"}
+    assert result["baselines"]["local"]["east"]["per_class"]["nodule"]["auc"] == 0.5, "it never learnt it"
+    assert result["baselines"]["pooled"]["auc"] > 0.9
+    page = (folder / "report.html").read_text()
+    assert "mean over 3 labels" in page and "Annotated" in page
+    assert json.loads((folder / "model/model.json").read_text())["kind"] == "multi-label"
+
+
+@pytest.mark.parametrize("cut", ["head", "stages:1"])
+def test_several_labels_give_the_same_bytes_on_ray(
+    clinics: tuple[Path, Path, dict], cache: Path, tmp_path: Path, cut: str
+) -> None:
+    pytest.importorskip("ray", reason="Ray is part of the extra 'simulation'")
+    data, _, _ = clinics
+    options = [*SEVERAL, "--no-baselines", "--trainable", cut, "--strategy", "fedprox:0.1"]
+    assert simulate(data, cache, tmp_path / "here", *options)[0] == 0
+    command = ["simulate", "--dataset", data, "--cache", cache, *QUICK, *options, "--backend", "ray"]
+    assert run_process(*command, "--output", tmp_path / "ray")[0] == 0
+    model = "model/upper.safetensors"
+    assert (tmp_path / "ray" / model).read_bytes() == (tmp_path / "here" / model).read_bytes()
 
 
 def test_the_default_run_learns(cache: Path, tmp_path: Path) -> None:

@@ -593,3 +593,100 @@ def test_a_site_with_other_labels_or_preprocessing_stays_out(lab):
     found = lab.execute(start, lab.grid(start, cohorts))
     assert found.contributed == {"north": 3, "south": 0, "west": 0}
     assert not found.complete
+
+
+# ------------------------------------------------------------------------------------------- several labels an image
+
+FINDINGS = ("glow", "third")
+SEVERAL = {"task": {"labels": FINDINGS, "kind": "multi-label"}}
+
+
+@pytest.fixture(scope="module")
+def several(lab):
+    """A run with two findings an image, of which one site never annotated the second."""
+    start = lab.start(**SEVERAL)
+    return lab.execute(start, lab.grid(start, lab.clinics(masked="west")))
+
+
+def test_a_run_with_several_labels_goes_well(several):
+    assert several.complete and several.contributed == dict.fromkeys(SITES, 3)
+    assert several.cast.status == dict.fromkeys(SITES, "contributed")
+    assert several.cast.support["west"][:, :, 1].tolist() == [[0, 0, 0, 8], [0, 0, 0, 10], [0, 0, 0, 10]]
+    assert several.fixed["class_weights"].shape == (2, 2)
+    for entry in several.rounds:
+        assert entry["validation"]["examples"] == 30
+        assert entry["sites"]["west"]["validation"]["per_class"]["third"]["auc"] is None
+        assert (
+            entry["sites"]["west"]["validation"]["auc"]
+            == entry["sites"]["west"]["validation"]["per_class"]["glow"]["auc"]
+        )
+    pooled = several.test.summary(FINDINGS, several.threshold)
+    assert pooled["per_class"]["glow"]["auc"] > 0.6
+    assert pooled["per_class"]["third"]["annotated"] < pooled["examples"] == 30
+    assert all(figures["operating_point"] for figures in pooled["per_class"].values())
+
+
+def test_the_best_round_of_several_labels_has_the_best_mean_auc(several):
+    areas = [entry["validation"]["auc"] for entry in several.rounds]
+    assert several.best_round == int(np.argmax(areas))
+
+
+def test_the_start_of_several_labels_is_that_of_all_their_data_at_one_place(lab, several):
+    """Whatever the partition: the sums are those of one site with all examples, masks included."""
+    start = lab.start(names=("north",), training={"strategy": "analytic"}, **SEVERAL)
+    clinics = lab.clinics(masked="west")
+    whole = replace(lab.pool, labels=np.concatenate([clinics[name].labels for name in SITES]), label_names=FINDINGS)
+    alone = lab.execute(start, lab.grid(start, {"north": whole}))
+    together = lab.start(training={"strategy": "analytic"}, **SEVERAL)
+    found = lab.execute(together, lab.grid(together, lab.clinics(masked="west")))
+    for name, value in alone.weights.items():
+        np.testing.assert_allclose(found.weights[name], value, rtol=1e-4, atol=1e-5)
+    assert alone.test.summary(FINDINGS)["support"] == found.test.summary(FINDINGS)["support"]
+
+
+def test_a_site_that_names_fewer_labels_is_a_site_that_masks_them(lab, several):
+    clinics = lab.clinics(masked="west")
+    clinics["west"] = replace(clinics["west"], labels=clinics["west"].labels[:, :1], label_names=("glow",))
+    start = lab.start(**SEVERAL)
+    assert bits(lab.execute(start, lab.grid(start, clinics))) == bits(several)
+
+
+def test_sites_of_another_kind_or_without_any_label_stay_out(lab):
+    clinics = lab.clinics()
+    clinics["south"] = replace(clinics["south"], label_names=("fracture", "tumour"))
+    clinics["west"] = lab.cohorts()["west"]
+    start = lab.start(sites={"quorum": 1}, **SEVERAL)
+    found = lab.execute(start, lab.grid(start, clinics))
+    assert found.contributed == {"north": 3, "south": 0, "west": 0}
+
+
+def test_a_run_with_several_labels_is_resumed_to_the_same_bits(lab, several, tmp_path):
+    start = lab.start(tmp_path, **SEVERAL)
+    with pytest.raises(QuorumLost):
+        lab.execute(start, lab.grid(start, lab.clinics(masked="west"), faults=["drop:south@2"]))
+    assert bits(lab.execute(start, lab.grid(start, lab.clinics(masked="west")))) == bits(several)
+
+
+def test_a_hostile_clinic_is_left_out_round_by_round(lab):
+    def change(name, request, reply):
+        if name == "south" and isinstance(reply, Trained):
+            return replace(reply, positives=reply.positives + 1)
+        return reply
+
+    start = lab.start(sites={"quorum": 2}, **SEVERAL)
+    cohorts = lab.clinics()
+    opened = open_in_process(cohorts, lab.workshop(start), lab.scratch())
+    found = lab.execute(start, InProcessGrid(make_app(altered(opened, change)), list(cohorts)))
+    assert found.contributed == {"north": 3, "south": 0, "west": 3}
+    assert {entry["sites"]["south"]["reason"] for entry in found.rounds[1:]} == {"bad_statistics"}
+
+
+def test_a_finding_that_is_absent_nowhere_ends_the_run_with_its_name(lab):
+    clinics = lab.clinics()
+    always = {name: cohort.labels.copy() for name, cohort in clinics.items()}
+    for labels in always.values():
+        labels[:, 1] = 1
+    start = lab.start(**SEVERAL)
+    changed = {name: replace(cohort, labels=always[name]) for name, cohort in clinics.items()}
+    with pytest.raises(DataError, match="'third' is absent in no training example"):
+        lab.execute(start, lab.grid(start, changed))

@@ -516,3 +516,40 @@ def incomplete(draw: st.DrawFn) -> dict[str, Any]:
 @given(incomplete())
 def test_any_figure_or_group_may_be_null_or_missing(result: dict[str, Any]) -> None:
     assert not re.search(r"\b(None|nan|Undefined)\b", read(result).text)
+
+
+# Several labels an image
+
+
+def several(labels: Sequence[str] = ("mass", "effusion", "nodule"), hidden: str = "nodule") -> dict[str, Any]:
+    """A result with several labels an image, one of which nobody annotated in the test split."""
+    found = sample(labels=labels)
+    found["config"]["task"] = {"name": "chest", "labels": list(labels), "kind": "multi-label"}
+    pooled = found["test"]["pooled"]
+    pooled["operating_point"] = None
+    for place, (label, figures) in enumerate(pooled["per_class"].items()):
+        point = {"threshold": 0.3 + 0.1 * place, "precision": 0.7, "recall": 0.8, "specificity": 0.9}
+        figures |= {"annotated": 500 - place, "auc_ci95": [0.81, 0.93], "operating_point": point}
+        if label == hidden:
+            pooled["support"][label] = 0
+            figures |= dict.fromkeys(figures) | {"annotated": 0}
+    return found
+
+
+def test_the_page_of_several_labels_tells_each_with_its_annotations_and_operating_point() -> None:
+    page = " ".join(re.sub(r"<[^>]+>", " ", render(several())).split())
+    assert "Label Present Annotated AUC Precision Recall Specificity F1 AUC, 95 % interval" in page
+    assert "Each label at its operating point, frozen on validation Label Threshold" in page
+    assert "mean over 3 labels" in page and "annotations, those of all labels together" in page
+    assert "0.810 to 0.930" in page.replace("\N{NO-BREAK SPACE}", " ")
+    assert 'title="undefined: not annotated in any image"' in render(several())
+
+
+def test_two_labels_an_image_are_not_taken_for_one_of_two() -> None:
+    found = several(("mass", "effusion"), hidden="")
+    page = render(found)
+    assert "mean over 2 labels" in page and "of label “" not in page
+    found["sites"]["berlin"]["labels"] = {"mass": 30, "effusion": 0}
+    assert "of one label only" not in render(found)
+    found["config"]["task"]["kind"] = "single-label"
+    assert "of one label only" in render(found)

@@ -29,6 +29,14 @@ def test_an_empty_result_has_nothing_but_a_status() -> None:
         ({"examples": 0, "support": {"a": 0}}, "undefined: no images"),
         ({"examples": 3, "support": {"a": 3, "b": 0}}, "undefined: one label only"),
         ({"examples": 3, "support": {"a": 2, "b": 1}}, "undefined"),
+        (
+            {"examples": 3, "support": {"a": 3}, "per_class": {"a": {"annotated": 3}}},
+            "undefined: no label is both present and absent",
+        ),
+        ({"examples": 0, "annotated": 0}, "undefined: not annotated in any image"),
+        ({"examples": 0, "annotated": 4}, "undefined: present in no image"),
+        ({"examples": 4, "annotated": 4}, "undefined: absent in no image"),
+        ({"examples": 1, "annotated": 4}, "undefined"),
     ],
 )
 def test_a_dash_has_its_reason(values: dict[str, Any], why: str) -> None:

@@ -362,3 +362,52 @@ def test_a_workshop_of_another_process_takes_the_written_upper(lab, outcome, tmp
         start.run, start.run.model.trunk_sha256, start.trunk, replace(lab.pool, quarantine={})
     )
     model.load_trainable(bench.upper, {name: np.array(tensors[name]) for name in start.weights})
+
+
+# ------------------------------------------------------------------------------------------- several labels an image
+
+FINDINGS = ("glow", "third")
+
+
+@pytest.fixture(scope="module")
+def several(lab):
+    start = lab.start(task={"labels": FINDINGS, "kind": "multi-label"})
+    outcome = lab.execute(start, lab.grid(start, lab.clinics(masked="west")))
+    return start, outcome, result.completed(outcome, around(lab, start))
+
+
+def test_the_result_of_several_labels_has_the_same_keys(found, several):
+    document = several[2]
+    assert list(document) == list(found)
+    assert list(document["test"]["pooled"]) == list(found["test"]["pooled"])
+    assert list(document["test"]["pooled"]["per_class"]) == list(FINDINGS)
+    for figures in document["test"]["pooled"]["per_class"].values():
+        assert set(PER_CLASS) < set(figures)
+        assert set(figures["operating_point"]) == {"threshold", "precision", "recall", "specificity"}
+    assert document["test"]["pooled"]["operating_point"] is None
+    json.dumps(document, allow_nan=False)
+
+
+def test_sites_with_several_labels_count_what_is_present_and_what_was_annotated(several):
+    assert several[2]["sites"]["west"] == {
+        "examples": {"train": 8, "validation": 10, "test": 10},
+        "labels": {"glow": 13, "third": 0},
+        "annotated": {"glow": 25, "third": 0},
+        "rounds": 3,
+        "status": "contributed",
+    }
+
+
+def test_curves_of_several_labels(several):
+    curves, pooled = several[2]["curves"], several[2]["test"]["pooled"]
+    assert list(curves["roc"]) == list(FINDINGS)
+    assert all(points[0] == [0.0, 0.0] and points[-1] == [1.0, 1.0] for points in curves["roc"].values())
+    annotated = sum(figures["annotated"] for figures in pooled["per_class"].values())
+    assert sum(point["n"] for point in curves["reliability"]) == annotated
+
+
+def test_the_model_of_several_labels_says_so(lab, several, tmp_path):
+    start, outcome, document = several
+    result.write_model(tmp_path / "model", outcome, around(lab, start), document)
+    card = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert (card["kind"], card["labels"]) == ("multi-label", list(FINDINGS))

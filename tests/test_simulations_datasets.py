@@ -21,6 +21,7 @@ from client.preprocessing import PRESETS, preprocess_array, preprocessing_id
 from common.errors import ConfigError, ConsiliumError, DataError
 from simulations import datasets, phantoms
 from simulations.datasets import ArraySource, load
+from simulations.findings import Policy
 from simulations.splits import units
 
 PRESET = PRESETS["generic"]
@@ -42,6 +43,11 @@ def medmnist(**changed):
 
 def flat(count=40, **changed):
     return {"images": images_of(count), "labels": np.arange(count) % 2} | changed
+
+
+def findings_of(count):
+    """Return three labels an image, 1 or 0."""
+    return np.stack([np.arange(count) // step % 2 for step in (1, 2, 4)], axis=1)
 
 
 def written(folder, arrays, name="data.npz"):
@@ -197,7 +203,21 @@ REFUSED = {
     "complex": (flat(labels=np.zeros(40, complex)), "whole numbers"),
     "dates": (flat(labels=np.zeros(40, "datetime64[s]")), "whole numbers"),
     "huge": (flat(labels=np.full(40, 2**64 - 1, np.uint64)), "without a gap"),
-    "several labels": (flat(labels=np.zeros((40, 14), int)), "not supported yet"),
+    "several labels, one nowhere": (flat(labels=findings_of(40) * [1, 1, 0]), "no training image has label '2'"),
+    "several labels, one everywhere": (flat(labels=np.maximum(findings_of(40), [0, 0, 1])), "lacks label '2'"),
+    "several labels of text": (flat(labels=np.full((40, 2), "a")), "expected 1, 0, -1 or NaN .* got <U1"),
+    "several labels of numbers": (flat(labels=np.full((40, 2), 3)), "expected 1, 0, -1 or NaN"),
+    "several labels of probabilities": (flat(labels=np.full((40, 2), 0.4)), "expected 1, 0, -1 or NaN"),
+    "several labels, infinite": (flat(labels=np.full((40, 2), np.inf)), "expected 1, 0, -1 or NaN"),
+    "several labels of fewer": (flat(labels=findings_of(39)), "each of 40 images"),
+    "labels in three dimensions": (flat(labels=np.zeros((40, 2, 2), int)), "each of 40 images"),
+    "fewer names": (flat(labels=findings_of(40), label_names=np.array(["a", "b"])), "expected 3 different names"),
+    "a name twice": (flat(labels=findings_of(40), label_names=np.array(["a", "b", "a"])), "expected 3 different names"),
+    "an empty name": (
+        flat(labels=findings_of(40), label_names=np.array(["a", " ", "c"])),
+        "expected 3 different names",
+    ),
+    "numbers for names": (flat(labels=findings_of(40), label_names=np.arange(3)), "label_names: expected text"),
     "bytes": (flat(labels=np.array([b"\xff", b"a"] * 20)), "UTF-8"),
     "split word": (flat(split=np.array(["train", "exam"] * 20)), "got 'exam'"),
     "split number": (flat(split=np.arange(40) % 4), "got '3'"),
@@ -209,7 +229,8 @@ REFUSED = {
     "labels only": ({"labels": np.arange(4)}, "missing images, found 'labels'"),
     "nothing": ({}, "found nothing"),
     "mixed colour": (medmnist(val_images=images_of(6, colour=True)), "some of each"),
-    "multi-label MedMNIST": (medmnist(train_labels=np.zeros((20, 14), np.uint8)), "not supported yet"),
+    "several labels in one split": (medmnist(train_labels=np.zeros((20, 14), np.uint8)), "as many labels in every"),
+    "several labels in another": (medmnist(val_labels=np.zeros((6, 14), np.uint8)), "got 14 values an image"),
     "text in MedMNIST": (medmnist(train_labels=np.full(20, "a")), "train_labels: expected whole numbers"),
     "no val": ({k: v for k, v in medmnist().items() if "val" not in k}, "missing val_images, val_labels"),
     "objects": (flat(labels=np.array([0, "a"] * 20, dtype=object)), "never unpickled"),
@@ -329,7 +350,7 @@ def test_what_is_neither_name_nor_path_is_refused(tmp_path, monkeypatch, name):
         read(name or "?", tmp_path)
 
 
-@pytest.mark.parametrize(("name", "why"), [("chestmnist", "several labels"), ("organmnist3d_64", "3-D")])
+@pytest.mark.parametrize(("name", "why"), [("organmnist3d", "3-D"), ("organmnist3d_64", "3-D")])
 def test_medmnist_sets_of_other_kinds_are_refused_before_any_download(tmp_path, name, why):
     with pytest.raises(DataError, match=why):
         read(name, tmp_path)
@@ -455,3 +476,84 @@ def test_phantoms_are_written_once_and_carry_sites_and_patients(tmp_path):
 
 def test_the_tree_of_errors_ends_with_the_right_exit_codes():
     assert (ConfigError.exit_code, DataError.exit_code, ConsiliumError.exit_code) == (2, 2, 1)
+
+
+# ------------------------------------------------------------------------------------------- several labels an image
+
+
+def test_several_labels_are_read_with_their_names_and_policies(tmp_path):
+    labels = findings_of(40).astype(float)
+    labels[0], labels[1] = [-1, np.nan, 1], [np.nan, -1, np.nan]
+    path = written(tmp_path, flat(labels=labels, label_names=np.array(["mass", "effusion", "nodule "])))
+    for policy, first in {
+        Policy(): [[np.nan, 0, 1], [0, np.nan, 0]],
+        Policy("soft", "ignore"): [[0.5, np.nan, 1], [np.nan, 0.5, np.nan]],
+        Policy("ones", "zeros"): [[1, 0, 1], [0, 1, 0]],
+        Policy("zeros", "ignore"): [[0, np.nan, 1], [np.nan, 0, np.nan]],
+    }.items():
+        cohort = read(path, tmp_path, policy=policy).cohort
+        assert cohort.kind == "multi-label" and cohort.label_names == ("mass", "effusion", "nodule")
+        np.testing.assert_array_equal(cohort.labels[:2], np.array(first, np.float32))
+        np.testing.assert_array_equal(cohort.labels[2:], labels[2:])
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, bool, np.float16, np.float64])
+def test_yes_and_no_may_be_of_any_type(tmp_path, dtype):
+    cohort = read(written(tmp_path, flat(labels=findings_of(40).astype(dtype))), tmp_path).cohort
+    assert cohort.labels.dtype == np.float32 and cohort.label_names == ("0", "1", "2")
+    assert cohort.labels.tolist() == findings_of(40).tolist()
+
+
+def test_a_label_that_a_whole_site_left_blank_is_masked_there_whatever_the_policy(tmp_path):
+    labels, sites = findings_of(40).astype(float), np.array(["north", "south"] * 20)
+    labels[sites == "south", 1] = np.nan
+    labels[3, 0] = labels[4, 1] = np.nan
+    data = read(written(tmp_path, flat(labels=labels, site=sites)), tmp_path, policy=Policy(blank="zeros"))
+    found = data.cohort.labels
+    assert np.isnan(found[sites == "south", 1]).all()
+    assert found[3, 0] == found[4, 1] == 0
+    assert np.isnan(found).sum() == 20
+    assert any("masked where it was not: 1" in warning for warning in data.warnings)
+
+
+def test_one_column_is_one_label_and_several_that_exclude_each_other_are_told(tmp_path):
+    one = read(written(tmp_path, flat(labels=(np.arange(40) % 2).reshape(-1, 1))), tmp_path)
+    assert one.cohort.kind == "single-label" and one.warnings == ()
+    hot = read(written(tmp_path, flat(labels=np.eye(2, dtype=int)[np.arange(40) % 2])), tmp_path)
+    assert hot.cohort.kind == "multi-label"
+    assert ["exactly one of several labels" in warning for warning in hot.warnings] == [True]
+    free = read(written(tmp_path, flat(labels=findings_of(40))), tmp_path)
+    assert free.warnings == ()
+
+
+def test_several_labels_in_medmnists_layout(tmp_path):
+    counts = {"train": 20, "val": 8, "test": 8}
+    arrays = medmnist(val_images=images_of(8, seed=5), test_images=images_of(8, seed=6))
+    arrays |= {f"{split}_labels": findings_of(count).astype(np.uint8) for split, count in counts.items()}
+    cohort = read(written(tmp_path, arrays), tmp_path).cohort
+    assert cohort.kind == "multi-label" and cohort.label_names == ("0", "1", "2")
+    assert [len(cohort.indices(split)) for split in ("train", "validation", "test")] == [20, 8, 8]
+    named = read(written(tmp_path, arrays | {"label_names": np.array(["a", "b", "c"])}), tmp_path).cohort
+    assert named.label_names == ("a", "b", "c")
+
+
+def test_chestmnist_is_found_by_name_with_its_fourteen_findings(tmp_path):
+    pytest.importorskip("medmnist")
+    random = np.random.default_rng(0)
+    arrays = {}
+    for number, (split, count) in enumerate((("train", 60), ("val", 20), ("test", 20))):
+        arrays[f"{split}_images"] = images_of(count, 28, seed=number)
+        arrays[f"{split}_labels"] = (random.random((count, 14)) < 0.3).astype(np.uint8)
+    (tmp_path / "data").mkdir()
+    written(tmp_path / "data", arrays, "chestmnist.npz")
+    cohort = read("chestmnist", tmp_path).cohort
+    assert cohort.kind == "multi-label" and len(cohort.label_names) == 14
+    assert cohort.label_names[:2] == ("atelectasis", "cardiomegaly")
+
+
+def test_names_of_labels_are_read_only_where_there_are_several(tmp_path):
+    """A file of one label an image may hold whatever it likes under that name."""
+    names = np.empty(1, dtype=object)
+    assert read(written(tmp_path, flat(label_names=names)), tmp_path).cohort.label_names == ("0", "1")
+    with pytest.raises(DataError, match="never unpickled"):
+        read(written(tmp_path, flat(labels=findings_of(40), label_names=names)), tmp_path)

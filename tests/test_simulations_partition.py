@@ -300,3 +300,36 @@ def test_bad_specs_are_refused(text):
 def test_an_unknown_kind_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'dirichlet:A'"):
         parse_spec("dirichlett:0.5")
+
+
+# Several labels an image
+
+
+def several(count, seed=0):
+    """Return a cohort of two images a patient, with a frequent and a rare finding."""
+    stream = np.random.default_rng(seed)
+    labels = (stream.random((count, 2)) < (0.5, 0.15)).astype(np.float32)
+    labels[stream.random((count, 2)) < 0.1] = np.nan
+    digests = np.frombuffer(stream.bytes(32 * count), np.uint8).reshape(-1, 32)
+    patients = np.arange(count) // 2
+    splits = assign(labels, digests, patients, None, seed, ("a", "b")).splits
+    return Cohort(no_pixels, np.arange(count), digests, labels, splits, patients, ("a", "b"), "none")
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_several_labels_are_dealt_by_the_same_laws(tmp_path, text):
+    cohort = several(160)
+    made = partition(cohort, None, parse_spec(text), 4, 0, tmp_path)
+    again = partition(cohort, None, parse_spec(text), 4, 0, tmp_path / "afresh")
+    assert sorted(np.concatenate(list(made.values())).tolist()) == list(range(160))
+    assert sum(len(np.unique(cohort.patients[indices])) for indices in made.values()) == 80
+    for name, indices in made.items():
+        assert (cohort.splits[indices] == TRAIN).any()
+        assert np.array_equal(indices, again[name])
+
+
+def test_shards_of_several_labels_are_cut_by_the_rarest_finding(tmp_path):
+    cohort = several(400)
+    made = partition(cohort, None, parse_spec("shards:1"), 4, 0, tmp_path)
+    shares = sorted(float((cohort.labels[indices, 1] == 1).mean()) for indices in made.values())
+    assert shares[0] == 0 and shares[-1] > 0.3

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import DataError
-from simulations.splits import TEST, TRAIN, VALIDATION, assign, identical, unit_keys, unit_labels, units
+from simulations.splits import TEST, TRAIN, VALIDATION, assign, identical, strata, unit_keys, unit_labels, units
 
 
 def digests_of(images):
@@ -226,3 +226,58 @@ def test_a_hundred_thousand_images_take_under_two_seconds():
     digests = rng.integers(0, 256, (100_000, 32), dtype=np.uint8)
     made = assign(rng.integers(0, 9, 100_000), digests, rng.integers(0, 30_000, 100_000), None, 0, tuple("abcdefghi"))
     assert abs((made.splits == TEST).mean() - 0.15) < 0.01
+
+
+# Several labels an image
+
+
+def findings(count, seed=0, shares=(0.5, 0.2, 0.05)):
+    """Targets of labels from frequent to rare, some not annotated: (N, K)."""
+    stream = np.random.default_rng(seed)
+    found = (stream.random((count, len(shares))) < shares).astype(np.float32)
+    found[stream.random(found.shape) < 0.1] = np.nan
+    return found
+
+
+def test_a_unit_stands_for_its_rarest_label_and_else_for_none():
+    labels = np.array([[1, 0], [1, 1], [1, np.nan], [0, 0], [np.nan, 0.5]], np.float32)
+    assert strata(np.arange(5), labels).tolist() == [0, 1, 0, 2, 2]
+    assert strata(np.array([0, 0, 1, 1, 1]), labels).tolist() == [1, 0]
+    single = np.array([1, 1, 0, 0, 2])
+    assert strata(np.array([0, 0, 1, 1, 1]), single).tolist() == [1, 0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32))
+def test_every_label_has_its_share_in_every_split(seed):
+    labels = findings(1200, seed)
+    made = assign(labels, digests_of(range(1200)), np.arange(1200) // 2, None, seed, ("a", "b", "c"))
+    assert spans(np.arange(1200) // 2, made.splits) == 1
+    present = labels == 1
+    for split, share in ((TRAIN, 0.7), (VALIDATION, 0.15), (TEST, 0.15)):
+        chosen = made.splits == split
+        assert abs(chosen.mean() - share) < 0.01
+        rarest = present[:, 2]
+        assert abs(rarest[chosen].sum() / rarest.sum() - share) < 0.08
+        assert present[chosen].any(0).all()
+
+
+def test_a_label_that_training_never_or_always_has_is_named():
+    digests, alone = digests_of(range(40)), np.arange(40)
+    labels = findings(40, shares=(0.5, 0.5))
+    labels[:, 1] = np.where(labels[:, 1] == 1, 0, labels[:, 1])
+    with pytest.raises(DataError, match="no training image has label 'b'"):
+        assign(labels, digests, alone, None, 0, ("a", "b"))
+    labels[:, 1] = np.where(np.isnan(labels[:, 1]), np.nan, 1)
+    with pytest.raises(DataError, match="no training image lacks label 'b'.*--blank zeros"):
+        assign(labels, digests, alone, None, 0, ("a", "b"))
+
+
+def test_given_splits_of_several_labels_are_cleaned_and_validation_is_carved():
+    labels = findings(200, shares=(0.5, 0.3))
+    given_splits = np.where(np.arange(200) < 160, TRAIN, TEST).astype(np.int8)
+    images = np.arange(200)
+    images[5] = images[190]
+    made = assign(labels, digests_of(images), np.arange(200), given_splits, 0, ("a", "b"))
+    assert made.dropped == {"duplicate_across_splits": 1} and not made.keep[5]
+    assert 20 < (made.splits == VALIDATION).sum() < 40
