@@ -103,7 +103,12 @@ def fit(
         seed: the run's.
         site: its name; decides the order of examples together with seed and round.
         patients: (N,) whose each example is; needed where the run draws patients.
+
+    Raises:
+        ValueError: the run draws patients, and there are none.
     """
+    if training.draw == "patients" and patients is None:
+        raise ValueError("patients: got none, expected whose each example is, for the run draws patients")
     statistics = norm_statistics(upper)
     parameters = list(upper.trainable().values())
     received = [parameter.detach().clone() for parameter in parameters]

@@ -102,16 +102,32 @@ def labelwise_sums(inputs: Vector, targets: NDArray[np.float32], class_weights: 
         weight=weights.sum(0),
         weighted=weights.T @ inputs,
         targets=present.sum(0),
-        gram=np.stack([_gram(inputs, column) for column in weights.T]) if gram else np.zeros((targets.shape[1], 0)),
+        gram=_labelwise_gram(inputs, known, share, class_weights) if gram else np.zeros((targets.shape[1], 0)),
         cross=inputs.T @ present if gram else np.zeros((0, 0)),
     )
+
+
+def _labelwise_gram(inputs: Vector, known: NDArray[np.bool_], share: Vector, class_weights: Vector) -> Vector:
+    """Return G of each label, (K, W (W + 1) / 2), as w₀ Σ x xᵀ + (w₁ - w₀) Σ t x xᵀ over its annotated examples.
+
+    The first sum is shared by labels that were annotated in the same examples, the second runs over the few of which
+    the label is present: one matrix product over all examples where plain sums would take K.
+    """
+    masks, mask_of = np.unique(known, axis=1, return_inverse=True)
+    whole = [_gram(inputs, mask.astype(np.float64)) for mask in masks.T]
+    absent, present = class_weights
+    return np.stack([
+        absent[label] * whole[mask] + (present[label] - absent[label]) * _gram(inputs, share[:, label])
+        for label, mask in enumerate(mask_of.reshape(-1).tolist())
+    ])  # fmt: skip
 
 
 def _gram(inputs: Vector, weights: Vector) -> Vector:
     """Return the upper triangle of Σ w x xᵀ over the examples that weigh anything."""
     kept = np.flatnonzero(weights)
-    chosen = inputs[kept]
-    return ((chosen * weights[kept, None]).T @ chosen)[np.triu_indices(inputs.shape[1])]
+    scaled = inputs[kept]
+    scaled *= np.sqrt(weights[kept, None])  # in place, and a matrix by itself: half the memory and half the time
+    return (scaled.T @ scaled)[np.triu_indices(inputs.shape[1])]
 
 
 def balanced_weights(support: NDArray[np.int64]) -> Vector:

@@ -552,6 +552,12 @@ def test_patients_mean_nothing_where_images_are_drawn(tmp_path: Path, patients: 
     assert bytes_of(plain) == bytes_of(given_patients)
 
 
+def test_a_run_that_draws_patients_needs_them(tmp_path: Path) -> None:
+    features, labels = problem(tmp_path)
+    with pytest.raises(ValueError, match="patients: got none"):
+        trained(head_of(5), features, labels, Training(draw="patients"))
+
+
 def test_patients_with_one_image_each_take_the_steps_of_their_images(tmp_path: Path) -> None:
     features, labels = problem(tmp_path)
     training = Training(rounds=1, local_epochs=1, batch_size=5, draw="patients")
