@@ -32,8 +32,8 @@ from client.cohort import Cohort, PixelSource
 from client.folder import Progress, read_folder
 from client.preprocessing import ColourPolicy, Preset, preprocess_array, preprocessing_id
 from common.errors import ConfigError, ConsiliumError, DataError, unknown_value
-from simulations import findings, phantoms
-from simulations.findings import AS_USUAL, Policy
+from simulations import annotation, phantoms
+from simulations.annotation import AS_USUAL, Policy
 from simulations.splits import assign
 
 PHANTOM_IMAGES = 600
@@ -184,7 +184,7 @@ def _dataset(name: str, pool: _Pool, preprocessing: str, seed: int) -> Dataset:
     )
     natural = None if pool.sites is None else tuple(str(site) for site in pool.sites[made.keep])
     cohort = whole if made.keep.all() else replace(whole.subset(np.flatnonzero(made.keep)), quarantine=pool.quarantine)
-    notices = findings.notices(pool.labels, pool.label_names, pool.sites) if several else []
+    notices = annotation.notices(pool.labels, pool.label_names, pool.sites) if several else []
     return Dataset(name, cohort, natural, made.dropped, pool.ignored, (*made.warnings, *notices))
 
 
@@ -337,7 +337,7 @@ def _medmnist_targets(
 ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
     """Return several labels an image, as targets, and the names of the labels."""
     found = [
-        findings.targets(_columns(arrays[f"{split}_labels"], f"{split}_labels", count), f"{split}_labels", policy)
+        annotation.targets(_columns(arrays[f"{split}_labels"], f"{split}_labels", count), f"{split}_labels", policy)
         for split, count in zip(MEDMNIST_SPLITS, counts, strict=True)
     ]
     if len({part.shape[1] for part in found}) > 1:
@@ -370,7 +370,7 @@ def _flat_labels(
 ) -> tuple[Array, tuple[str, ...]]:
     """Return one label an image as a number, or several as targets, and the names of the labels."""
     if _several(arrays["labels"]):
-        found = findings.targets(_columns(arrays["labels"], "labels", count), "labels", policy, sites)
+        found = annotation.targets(_columns(arrays["labels"], "labels", count), "labels", policy, sites)
         return found, _label_names(found, arrays.get(LABEL_NAMES))
     values = _column(arrays["labels"], "labels", count)
     return _named(values) if values.dtype.kind == "U" else _numbered(_whole(values, "labels"), None)
@@ -393,7 +393,7 @@ def _label_names(targets: Array, given: Array | None) -> tuple[str, ...]:
         raise DataError("expected images, got none")
     if given is not None and given.dtype.kind != "U":
         raise DataError(f"{LABEL_NAMES}: expected text, got {given.dtype}")
-    return findings.names(given, targets.shape[1])
+    return annotation.names(given, targets.shape[1])
 
 
 def _array_pool(

@@ -32,8 +32,8 @@ from server.federation import Federation
 from server.report import page
 from server.result import Surroundings, TrunkFacts
 from simulations import baselines, datasets, hospitals, partition
+from simulations.annotation import Policy
 from simulations.datasets import Dataset
-from simulations.findings import Policy
 from simulations.grid import Fault, InProcessGrid, check_faults, run_in_process, run_on_ray
 
 Progress = Callable[[str, int, int], None]

@@ -20,8 +20,8 @@ from PIL import Image
 from client.preprocessing import PRESETS, preprocess_array, preprocessing_id
 from common.errors import ConfigError, ConsiliumError, DataError
 from simulations import datasets, phantoms
+from simulations.annotation import Policy
 from simulations.datasets import ArraySource, load
-from simulations.findings import Policy
 from simulations.splits import units
 
 PRESET = PRESETS["generic"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from common.errors import DataError
 from common.multilabel import check_targets
 from common.run_config import Data
-from simulations.findings import BLANK, UNCERTAIN, Policy, names, notices, targets
+from simulations.annotation import BLANK, UNCERTAIN, Policy, names, notices, targets
 
 MEANING = {"ignore": None, "zeros": 0.0, "ones": 1.0, "soft": 0.5}
 
