@@ -20,7 +20,8 @@ from client.cohort import PixelSource
 from client.decoding import decode
 from client.image import Kind, Unreadable
 from client.listing import Entry, Listing, list_folder
-from client.preprocessing import Preset, kind_shown, preprocess, preprocessing_id
+from client.preprocessing import kind_shown, preprocess, preprocessing_id
+from client.presets import Preset
 from client.rowstore import RowStore
 from common.errors import DataError
 

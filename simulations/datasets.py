@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from client.cohort import Cohort, PixelSource
 from client.folder import Progress, read_folder
-from client.preprocessing import ColourPolicy, Preset, preprocess_array, preprocessing_id
+from client.preprocessing import preprocess_array, preprocessing_id
+from client.presets import ColourPolicy, Preset
 from common.errors import ConfigError, ConsiliumError, DataError, unknown_value
 from simulations import phantoms
 from simulations.splits import assign

@@ -21,7 +21,8 @@ from pydicom.uid import ExplicitVRLittleEndian, RLELossless, SecondaryCaptureIma
 
 from client.decoding import decode
 from client.image import CODES, Decoded, Unreadable
-from client.preprocessing import PRESETS, preprocess, shown
+from client.preprocessing import preprocess, shown
+from client.presets import PRESETS
 
 GENERIC, CT = PRESETS["generic"], PRESETS["ct"]
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)

@@ -18,7 +18,8 @@ from client.decoding import decode
 from client.folder import FolderIndex, read_folder
 from client.image import CODES, Decoded
 from client.listing import IGNORED, list_folder
-from client.preprocessing import PRESETS, preprocess, preprocessing_id
+from client.preprocessing import preprocess, preprocessing_id
+from client.presets import PRESETS
 from common.errors import CacheError, DataError
 
 GENERIC = PRESETS["generic"]
