@@ -1,0 +1,336 @@
+"""Which rows of a table speak of which files: by path, or by the keyed digests of what the headers of the files say.
+
+The key column is found by trying every column that can be one. Headers are known here as digests only
+(`client.identity`), so cells are digested and compared, and nothing read from a header can reach a message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.identity import Identity, tidy
+from client.pathmatching import PathMatcher, normal
+from client.table import Note, Table
+from common.errors import DataError
+
+ACCESSION = "AccessionNumber"
+KEY_KINDS = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", ACCESSION)
+"""The attributes of a header that can be a key, the finest first (Part 3, C.7 and C.12)."""
+
+KINDS = ("path", *KEY_KINDS)
+AUTO = "auto"
+PATIENT_NAMES = frozenset({"patient", "patientid", "pid", "mrn", "subject", "subjectid", "patientname"})
+
+_KEY_NAMES = {
+    "path": {"path", "file", "filename", "filepath", "image", "imagepath", "relativepath", "dicom", "dicompath"},
+    "SOPInstanceUID": {"sopinstanceuid", "sopuid", "instanceuid", "imageuid", "sopinstance"},
+    "SeriesInstanceUID": {"seriesinstanceuid", "seriesuid", "seriesinstance"},
+    "StudyInstanceUID": {"studyinstanceuid", "studyuid", "studyinstance"},
+    ACCESSION: {"accessionnumber", "accession", "accessionno", "accessionnr", "accnr", "accno", "acc"},
+}
+_NO_KEYS = PATIENT_NAMES | {"label", "class", "diagnosis", "target", "split", "site", "sex", "gender", "age"}
+_UID = re.compile(r"[0-9][0-9.]{2,63}")
+_LONGEST = 64  # characters of an AccessionNumber; SH allows 16 (Part 5, 6.2)
+_WHOLE = re.compile(r"([0-9]+)[.,]0+")
+_SCIENTIFIC = re.compile(r"([0-9])(?:[.,]([0-9]+))?[eE]\+?([0-9]{1,2})")
+
+
+@dataclass(frozen=True, repr=False)
+class Named:
+    """What a file can be looked up by."""
+
+    path: str  # POSIX, relative to the data root
+    keys: Mapping[str, bytes]  # kind of KEY_KINDS -> Identity.key(kind, value), 16 bytes; kinds without a value missing
+    loose: bytes = b""  # Identity.loose_key("AccessionNumber", value); empty: none
+
+
+@dataclass(frozen=True, repr=False)
+class Match:
+    """Rows and files joined by K different keys of one column."""
+
+    column: int
+    kind: str  # of KINDS
+    row_keys: NDArray[np.int64]  # (rows,) which key a row has, -1 for none
+    file_keys: NDArray[np.int64]  # (n,) which key a file is found by, -1 for none
+    keys: int
+    notes: tuple[Note, ...] = ()
+
+    @property
+    def matched(self) -> NDArray[np.bool_]:
+        """Return which keys have a file: (K,)."""
+        found = np.zeros(self.keys, bool)
+        found[self.file_keys[self.file_keys >= 0]] = True
+        return found
+
+    @property
+    def row_matched(self) -> NDArray[np.bool_]:
+        """Return which rows have a file: (rows,)."""
+        return np.append(self.matched, False)[self.row_keys]
+
+
+@dataclass(frozen=True, repr=False)
+class _Files:
+    """The files, by everything that a cell can say."""
+
+    count: int
+    paths: PathMatcher
+    digests: Mapping[str, Mapping[bytes, list[int]]]  # kind -> digest -> files
+    loose: Mapping[bytes, list[int]]
+    accessions: tuple[bytes | None, ...]  # digest of each file
+
+    @staticmethod
+    def of(files: Sequence[Named]) -> _Files:
+        digests: dict[str, dict[bytes, list[int]]] = {kind: defaultdict(list) for kind in KEY_KINDS}
+        loose: dict[bytes, list[int]] = defaultdict(list)
+        for number, file in enumerate(files):
+            for kind, digest in file.keys.items():
+                digests[kind][digest].append(number)
+            if file.loose:
+                loose[file.loose].append(number)
+        accessions = tuple(file.keys.get(ACCESSION) for file in files)
+        return _Files(len(files), PathMatcher.of([file.path for file in files]), digests, loose, accessions)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A column taken as one kind of key."""
+
+    column: int
+    kind: str
+    loosely: bool  # leading zeros and case may differ
+
+
+def find_match(
+    table: Table, files: Sequence[Named], key: str, identity: Identity, never: Collection[int] = ()
+) -> Match:
+    """Return rows and files joined by the column that names the most different things, then the most files.
+
+    A table of images has more matching SOPInstanceUIDs than StudyInstanceUIDs, a table of studies has not: so the most
+    different keys, not the most files, tell what a row of the table is about.
+
+    Args:
+        table: the labels.
+        files: to be labelled.
+        key: a column, a kind of `KINDS`, or auto.
+        identity: made the digests of `files`.
+        never: columns that are no key, unless `key` names them.
+
+    Raises:
+        DataError: no such column, or no row matches a file.
+    """
+    known = _Files.of(files)
+    trials = _trials(table, key, never)
+    best = _best(table, known, trials, identity)
+    if best is None:
+        loosely = [_Trial(trial.column, ACCESSION, True) for trial in trials if trial.kind == ACCESSION]
+        best = _best(table, known, loosely, identity)
+    if best is None:
+        raise DataError(_nothing_matches(table, trials, key))
+    return best
+
+
+def plain(name: str) -> str:
+    """Return a column's name without case, blanks and signs.
+
+    Examples:
+        >>> plain("Accession_Number") == plain("AccessionNumber")
+        True
+    """
+    return "".join(letter for letter in name.casefold() if letter.isalnum())
+
+
+def kind_named(name: str) -> str | None:
+    """Return the kind of key that a column's name promises."""
+    return next((kind for kind, names in _KEY_NAMES.items() if plain(name) in names), None)
+
+
+def _trials(table: Table, key: str, never: Collection[int]) -> list[_Trial]:
+    kind = next((kind for kind in KINDS if kind.casefold() == key.casefold()), None)
+    column = None if key == AUTO else table.find(key)
+    if column is not None:
+        kinds = dict.fromkeys([kind, "path"]) if kind else KINDS
+        return [_Trial(column, str(one), one == ACCESSION) for one in kinds]
+    if kind is None and key != AUTO:
+        table.required(key, "key")
+    columns = [c for c, name in enumerate(table.names) if c not in never and plain(name) not in _NO_KEYS]
+    return [
+        _Trial(c, one, kind_named(table.names[c]) == ACCESSION)
+        for c in columns
+        for one in _possible(table.names[c])
+        if kind in (None, one)
+    ]
+
+
+def _possible(name: str) -> Sequence[str]:
+    promised = kind_named(name)
+    return KINDS if promised in (None, "path") else ("path", str(promised))
+
+
+def _best(table: Table, files: _Files, trials: Sequence[_Trial], identity: Identity) -> Match | None:
+    best: tuple[tuple[int, int, bool, int, str], Match] | None = None
+    for trial in trials:
+        match = _tried(table, files, trial, identity)
+        name = table.names[trial.column]
+        found = int((match.file_keys >= 0).sum())
+        promised = kind_named(name) == trial.kind
+        rank = (int(match.matched.sum()), found, promised, -KINDS.index(trial.kind), name.casefold())
+        if found and (best is None or rank > best[0]):
+            best = rank, match
+    if best is not None:
+        table.check_once([best[1].column])
+    return None if best is None else best[1]
+
+
+def _tried(table: Table, files: _Files, trial: _Trial, identity: Identity) -> Match:
+    texts, row_keys, notes = _keys(table, trial, files)
+    if trial.kind == "path":
+        found, doubtful = files.paths.match(texts)
+        file_keys = np.full(files.count, -1, np.int64)
+        file_keys[list(found)] = list(found.values())
+    else:
+        file_keys = _by_digest(texts, files.digests[trial.kind], files.count, lambda t: identity.key(trial.kind, t))
+        doubtful = 0
+        if trial.loosely:
+            file_keys, loosened, doubtful = _loosened(texts, files, file_keys, identity)
+            notes += _loose_notes(table, trial.column, loosened)
+    if doubtful:
+        message = f"{table.shown(trial.column)}: {doubtful} keys fit several files or rows and were not used"
+        notes += (("ambiguous_keys", message),)
+    notes += _inherited(trial.kind, file_keys)
+    return Match(trial.column, trial.kind, row_keys, file_keys, len(texts), notes)
+
+
+def _keys(table: Table, trial: _Trial, files: _Files) -> tuple[list[str], NDArray[np.int64], tuple[Note, ...]]:
+    """Return the different keys of a column, which of them each row has, and what a spreadsheet did to them."""
+    cells = table.columns[trial.column]
+    possible = trial.kind == "path" or files.digests[trial.kind]
+    read = _READERS[trial.kind] if possible else _unread
+    places: dict[str, int] = {"": -1}
+    known: dict[str, int] = {}
+    for cell in dict.fromkeys(cells):
+        known[cell] = -1 if cell == "" else places.setdefault(read(cell), len(places) - 1)
+    row_keys = np.fromiter(map(known.__getitem__, cells), np.int64, len(cells))
+    return list(places)[1:], row_keys, _number_notes(table, trial) if possible else ()
+
+
+def _unread(_cell: str) -> str:
+    return ""
+
+
+def _uid(cell: str) -> str:
+    text = tidy(cell.strip("'"))
+    return text if _UID.fullmatch(text) else ""
+
+
+def _accession(cell: str) -> str:
+    if len(cell) > _LONGEST:
+        return ""
+    text = tidy(cell.removeprefix("'"))
+    return whole_number(text) or text
+
+
+_READERS: Mapping[str, Callable[[str], str]] = {"path": normal, ACCESSION: _accession} | dict.fromkeys(
+    KEY_KINDS[:3], _uid
+)
+
+
+def whole_number(text: str) -> str | None:
+    """Return the digits of a whole number that a spreadsheet wrote with a point or a power; None if any may be lost.
+
+    Examples:
+        >>> whole_number("123.0"), whole_number("1.2345E+04"), whole_number("1.23E+05")
+        ('123', '12345', None)
+    """
+    if whole := _WHOLE.fullmatch(text):
+        return whole[1]
+    power = _SCIENTIFIC.fullmatch(text)
+    decimals = (power[2] or "") if power else ""
+    return power[1] + decimals if power and len(decimals) == int(power[3]) else None
+
+
+def _number_notes(table: Table, trial: _Trial) -> tuple[Note, ...]:
+    if trial.kind != ACCESSION:
+        return ()
+    cells = [text for text in table.columns[trial.column] if len(text) < _LONGEST and text[:1].isdigit()]
+    whole = sum(whole_number(text) is not None for text in cells if not text.isdigit())
+    lost = sum(_SCIENTIFIC.fullmatch(text) is not None for text in cells if not text.isdigit()) - sum(
+        _SCIENTIFIC.fullmatch(text) is not None and whole_number(text) is not None for text in cells
+    )
+    shown = table.shown(trial.column)
+    found = [
+        (whole, "were read without the decimals or the power of ten"),
+        (lost, "have lost digits and match nothing"),
+    ]
+    return tuple(
+        ("number_format", f"{shown}: {count} cells that a spreadsheet took for numbers {what} - format it as text")
+        for count, what in found
+        if count
+    )
+
+
+def _by_digest(
+    texts: Sequence[str], files: Mapping[bytes, list[int]], count: int, digest: Callable[[str], bytes]
+) -> NDArray[np.int64]:
+    keys = np.full(count, -1, np.int64)
+    if files:
+        for key, text in enumerate(texts):
+            found = files.get(digest(text))
+            if found:
+                keys[found] = key
+    return keys
+
+
+def _loosened(
+    texts: Sequence[str], files: _Files, strict: NDArray[np.int64], identity: Identity
+) -> tuple[NDArray[np.int64], int, int]:
+    """Return the keys of files with those of files that have none yet, how many these are, how many stay in doubt.
+
+    A key without its leading zeros is taken only if no other key of the table and no other AccessionNumber of the files
+    looks the same without them.
+    """
+    alike: dict[bytes, list[int]] = defaultdict(list)
+    for key, text in enumerate(texts):
+        alike[identity.loose_key(ACCESSION, text)].append(key)
+    keys = strict.copy()
+    doubtful = 0
+    for digest, places in alike.items():
+        waiting = [file for file in files.loose.get(digest, ()) if strict[file] < 0]
+        if not waiting:
+            continue
+        if len(places) == 1 and len({files.accessions[file] for file in files.loose[digest]}) == 1:
+            keys[waiting] = places[0]
+        else:
+            doubtful += len(places)
+    return keys, int((keys != strict).sum()), doubtful
+
+
+def _loose_notes(table: Table, column: int, loosened: int) -> tuple[Note, ...]:
+    if not loosened:
+        return ()
+    message = f"{table.shown(column)}: {loosened} files match only without leading zeros or case - format it as text"
+    return (("leading_zeros", message),)
+
+
+def _inherited(kind: str, file_keys: NDArray[np.int64]) -> tuple[Note, ...]:
+    found = file_keys[file_keys >= 0]
+    keys = len(np.unique(found))
+    if kind in ("path", "SOPInstanceUID") or keys == len(found):
+        return ()
+    return (("inherited", f"labels are given by {kind}: {len(found)} files inherit those of {keys}"),)
+
+
+def _nothing_matches(table: Table, trials: Sequence[_Trial], key: str) -> str:
+    columns = list(dict.fromkeys(trial.column for trial in trials))
+    shown = ", ".join(table.shown(column) for column in columns[:12]) or "no column, for none can be a key"
+    more = f" and {len(columns) - 12} more" if len(columns) > 12 else ""
+    kinds = ", ".join(kind for kind in KINDS if any(trial.kind == kind for trial in trials)) or "any key"
+    lost = any(code == "number_format" for trial in trials for code, _ in _number_notes(table, trial))
+    hint = "; a spreadsheet has changed numbers: format the key as text and export again" if lost else ""
+    remedy = "name the right column in [data] key" if key == AUTO else "check [data] key, or leave it at auto"
+    return f"{table.where}: no row matches a file; tried {shown}{more} as {kinds}{hint} - {remedy}"
