@@ -6,19 +6,19 @@ below the data root and never a cell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from client.columns import LabelColumns, Roles, check_strays, find_label_columns, find_roles, no_keys
 from client.identity import Identity, tidy
-from client.listing import COLUMNS, SPLIT_WORDS, check_class_names
-from client.marks import marks_only, nearly_marks, read_marks
-from client.matching import KEY_KINDS, PATIENT_NAMES, Match, Named, find_match, kind_named, plain
+from client.listing import SPLIT_WORDS, check_class_names
+from client.marks import read_marks
+from client.matching import Match, Named, find_match
 from client.rules import Rules, Said
 from client.table import Note, Table, read_table
 from client.words import label_words, read_words
@@ -44,17 +44,6 @@ WARNINGS = {
 }
 """What a label table can be warned of: code -> meaning. The messages are for the site's own screen."""
 
-_LABEL_NAMES = ("label", "class", "diagnosis", "target")
-_NO_LABELS = PATIENT_NAMES | {
-    *("sex", "patientsex", "gender", "age", "patientage", "frontallateral", "appa", "paap", "view", "viewposition"),
-    *("laterality", "side", "projection", "portable", "orientation", "modality", "manufacturer", "device", "bodypart"),
-    *("split", "site", "fold", "id", "index", "unnamed0", "nr", "no", "number", "row", "year", "date", "priority"),
-    *("followup", "burnedinannotation", "inpatient", "instancenumber", "seriesnumber", "birthdate", "studydate"),
-}
-"""Columns that may hold 1 and 0 and are still no label."""
-
-_LONGEST_NEAR = 10  # characters of a name that can be taken for one of COLUMNS
-
 
 @dataclass(frozen=True, repr=False)
 class Labelled:
@@ -74,30 +63,6 @@ class Labelled:
     warnings: tuple[Note, ...] = ()  # code of WARNINGS, message
 
 
-@dataclass(frozen=True)
-class _Roles:
-    """Columns that say something else than a label."""
-
-    patient: int | None
-    site: int | None
-    split: int | None
-
-    def taken(self) -> set[int]:
-        return {place for place in (self.patient, self.site, self.split) if place is not None}
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Where the labels stand."""
-
-    named: tuple[tuple[str, int | None], ...]  # None: the rules name it, the table does not have it
-    kind: Literal["words", "mark", "marks"]  # one column of words; one, or several, of 1 and 0
-    notes: tuple[Note, ...] = ()
-
-    def taken(self) -> set[int]:
-        return {place for _, place in self.named if place is not None}
-
-
 def read_labels(table: Path, files: Sequence[Named], rules: Rules, identity: Identity) -> Labelled:
     """Return what a table says about each file.
 
@@ -113,11 +78,11 @@ def read_labels(table: Path, files: Sequence[Named], rules: Rules, identity: Ide
     if not files:
         raise DataError("expected files to label, found none in the data folder")
     read = read_table(table)
-    roles = _roles(read, rules)
-    match = find_match(read, files, rules.key, identity, _no_keys(read, rules, roles))
-    columns = _label_columns(read, rules, roles.taken() | {match.column})
+    roles = find_roles(read, rules)
+    match = find_match(read, files, rules.key, identity, no_keys(read, rules, roles))
+    columns = find_label_columns(read, rules, roles.taken() | {match.column})
     notes = read.notes + match.notes + columns.notes
-    notes += _check_strays(read, rules, roles.taken() | columns.taken() | {match.column}, files)
+    notes += check_strays(read, rules, roles.taken() | columns.taken() | {match.column}, files)
     said = _said(read, columns, rules, match)
     patients, sites, splits = _others(read, roles, match)
     return Labelled(
@@ -161,84 +126,7 @@ def class_folders(files: Sequence[Named], rules: Rules) -> Labelled:
     )
 
 
-def _roles(table: Table, rules: Rules) -> _Roles:
-    patient = table.find("patient") if rules.patient is None else table.required(rules.patient, "patient")
-    split = table.find("split") if rules.split is None else table.required(rules.split, "split")
-    return _Roles(patient, table.find("site"), split)
-
-
-def _no_keys(table: Table, rules: Rules, roles: _Roles) -> set[int]:
-    named = {table.find(name) for name in rules.label} - {None}
-    marks = {place for place, cells in enumerate(table.columns) if marks_only(cells)}
-    return {place for place in named if place is not None} | marks | roles.taken()
-
-
-def _label_columns(table: Table, rules: Rules, taken: Collection[int]) -> _Columns:
-    """Return where the labels are: as the rules say, else in a column called label, else in every column of marks."""
-    if len(rules.label) == 1:
-        return _one_column(table, rules.label[0], table.required(rules.label[0], "label"))
-    if rules.label:
-        named = tuple((name, table.find(name)) for name in rules.label)
-        if all(place is None for _, place in named):
-            table.required(rules.label[0], "label")
-        return _Columns(named, "marks")
-    called = [(name, place) for name in _LABEL_NAMES if (place := table.find(name)) is not None and place not in taken]
-    if len(called) > 1 and called[0][0] != "label":
-        shown = " and ".join(name for name, _ in called)
-        raise DataError(f"{table.where}: columns {shown} may be the label - name one in [data] label")
-    return _one_column(table, *called[0]) if called else _marked_columns(table, taken)
-
-
-def _one_column(table: Table, name: str, place: int) -> _Columns:
-    """Return a single column; marks below the name of a finding are yes and no, below a general name they are words."""
-    marked = name.casefold() not in _LABEL_NAMES and marks_only(table.columns[place])
-    return _Columns(((name, place),), "mark" if marked else "words")
-
-
-def _marked_columns(table: Table, taken: Collection[int]) -> _Columns:
-    possible = [
-        place
-        for place, name in enumerate(table.names)
-        if name and place not in taken and plain(name) not in _NO_LABELS and kind_named(name) is None
-    ]
-    places = [place for place in possible if marks_only(table.columns[place])]
-    if not places:
-        raise DataError(
-            f"{table.where}: expected a column label, or columns of 1 and 0, found {table.header()}"
-            " - name the label columns in [data] label"
-        )
-    table.check_once(places)
-    notes = tuple(note for place in sorted({*possible} - {*places}) for note in nearly_marks(table, place))
-    named = tuple((table.names[place], place) for place in places)
-    return _Columns(named, "marks" if len(places) > 1 else "mark", notes)
-
-
-def _check_strays(table: Table, rules: Rules, used: Collection[int], files: Sequence[Named]) -> tuple[Note, ...]:
-    """Refuse a column that is nearly called as one that is read: a misspelt `patient` would leak test patients.
-
-    A column of PatientIDs is no misspelling: where every file's own header names its patient it is not needed.
-    """
-    have_headers = all(any(kind in file.keys for kind in KEY_KINDS) for file in files)
-    settled = {"label": bool(rules.label), "patient": bool(rules.patient), "split": bool(rules.split)}
-    present = {name.casefold() for name in table.names}
-    expected = [name for name in COLUMNS if name not in present and not settled.get(name, False) and name != "path"]
-    notes: tuple[Note, ...] = ()
-    for place, name in enumerate(table.names):
-        if place in used:
-            continue
-        is_patient = plain(name) in PATIENT_NAMES
-        if is_patient and "patient" in expected and not have_headers:
-            notes += (("patient_unread", f"{table.shown(place)} is not read - name it in [data] patient"),)
-        near = get_close_matches(name.casefold(), expected, n=1, cutoff=0.8) if len(name) <= _LONGEST_NEAR else []
-        if near and not (is_patient and have_headers):
-            setting = f"name it in [data] {near[0]}, " if near[0] in settled else ""
-            raise DataError(
-                f"{table.where}: {table.shown(place)} is not read - {setting}rename it to {near[0]!r}, or remove it"
-            )
-    return notes
-
-
-def _said(table: Table, columns: _Columns, rules: Rules, match: Match) -> Said:
+def _said(table: Table, columns: LabelColumns, rules: Rules, match: Match) -> Said:
     if columns.kind == "marks":
         return read_marks(table, columns.named, rules, match)
     place = columns.named[0][1]
@@ -261,7 +149,7 @@ def _codes(said: Said, match: Match) -> tuple[str, ...]:
 
 
 def _others(
-    table: Table, roles: _Roles, match: Match
+    table: Table, roles: Roles, match: Match
 ) -> tuple[tuple[str | None, ...], tuple[str | None, ...], tuple[str | None, ...]]:
     for place, what in ((roles.site, "site"), (roles.split, "split")):
         _check_filled(table, place, what)

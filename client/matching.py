@@ -6,39 +6,18 @@ The key column is found by trying every column that can be one. Headers are know
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client.identity import Identity, tidy
-from client.pathmatching import PathMatcher, normal
+from client.identity import Identity
+from client.keys import ACCESSION, AUTO, KEY_KINDS, KINDS, NO_KEYS, kind_named, number_notes, plain, read_key
+from client.pathmatching import PathMatcher
 from client.table import Note, Table
 from common.errors import DataError
-
-ACCESSION = "AccessionNumber"
-KEY_KINDS = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", ACCESSION)
-"""The attributes of a header that can be a key, the finest first (Part 3, C.7 and C.12)."""
-
-KINDS = ("path", *KEY_KINDS)
-AUTO = "auto"
-PATIENT_NAMES = frozenset({"patient", "patientid", "pid", "mrn", "subject", "subjectid", "patientname"})
-
-_KEY_NAMES = {
-    "path": {"path", "file", "filename", "filepath", "image", "imagepath", "relativepath", "dicom", "dicompath"},
-    "SOPInstanceUID": {"sopinstanceuid", "sopuid", "instanceuid", "imageuid", "sopinstance"},
-    "SeriesInstanceUID": {"seriesinstanceuid", "seriesuid", "seriesinstance"},
-    "StudyInstanceUID": {"studyinstanceuid", "studyuid", "studyinstance"},
-    ACCESSION: {"accessionnumber", "accession", "accessionno", "accessionnr", "accnr", "accno", "acc"},
-}
-_NO_KEYS = PATIENT_NAMES | {"label", "class", "diagnosis", "target", "split", "site", "sex", "gender", "age"}
-_UID = re.compile(r"[0-9][0-9.]{2,63}")
-_LONGEST = 64  # characters of an AccessionNumber; SH allows 16 (Part 5, 6.2)
-_WHOLE = re.compile(r"([0-9]+)[.,]0+")
-_SCIENTIFIC = re.compile(r"([0-9])(?:[.,]([0-9]+))?[eE]\+?([0-9]{1,2})")
 
 
 @dataclass(frozen=True, repr=False)
@@ -125,29 +104,15 @@ def find_match(
         DataError: no such column, or no row matches a file.
     """
     known = _Files.of(files)
-    trials = _trials(table, key, never)
+    trials = [trial for trial in _trials(table, key, never) if trial.kind == "path" or known.digests[trial.kind]]
     best = _best(table, known, trials, identity)
     if best is None:
         loosely = [_Trial(trial.column, ACCESSION, True) for trial in trials if trial.kind == ACCESSION]
         best = _best(table, known, loosely, identity)
     if best is None:
         raise DataError(_nothing_matches(table, trials, key))
-    return best
-
-
-def plain(name: str) -> str:
-    """Return a column's name without case, blanks and signs.
-
-    Examples:
-        >>> plain("Accession_Number") == plain("AccessionNumber")
-        True
-    """
-    return "".join(letter for letter in name.casefold() if letter.isalnum())
-
-
-def kind_named(name: str) -> str | None:
-    """Return the kind of key that a column's name promises."""
-    return next((kind for kind, names in _KEY_NAMES.items() if plain(name) in names), None)
+    numbers = number_notes(table, best.column) if best.kind == ACCESSION else ()
+    return replace(best, notes=numbers + best.notes)
 
 
 def _trials(table: Table, key: str, never: Collection[int]) -> list[_Trial]:
@@ -158,7 +123,7 @@ def _trials(table: Table, key: str, never: Collection[int]) -> list[_Trial]:
         return [_Trial(column, str(one), one == ACCESSION) for one in kinds]
     if kind is None and key != AUTO:
         table.required(key, "key")
-    columns = [c for c, name in enumerate(table.names) if c not in never and plain(name) not in _NO_KEYS]
+    columns = [c for c, name in enumerate(table.names) if c not in never and plain(name) not in NO_KEYS]
     return [
         _Trial(c, one, kind_named(table.names[c]) == ACCESSION)
         for c in columns
@@ -188,7 +153,8 @@ def _best(table: Table, files: _Files, trials: Sequence[_Trial], identity: Ident
 
 
 def _tried(table: Table, files: _Files, trial: _Trial, identity: Identity) -> Match:
-    texts, row_keys, notes = _keys(table, trial, files)
+    texts, row_keys = _keys(table.columns[trial.column], trial.kind)
+    notes: tuple[Note, ...] = ()
     if trial.kind == "path":
         found, doubtful = files.paths.match(texts)
         file_keys = np.full(files.count, -1, np.int64)
@@ -206,83 +172,24 @@ def _tried(table: Table, files: _Files, trial: _Trial, identity: Identity) -> Ma
     return Match(trial.column, trial.kind, row_keys, file_keys, len(texts), notes)
 
 
-def _keys(table: Table, trial: _Trial, files: _Files) -> tuple[list[str], NDArray[np.int64], tuple[Note, ...]]:
-    """Return the different keys of a column, which of them each row has, and what a spreadsheet did to them."""
-    cells = table.columns[trial.column]
-    possible = trial.kind == "path" or files.digests[trial.kind]
-    read = _READERS[trial.kind] if possible else _unread
+def _keys(cells: Sequence[str], kind: str) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the different keys of a column, and which of them each row has, -1 for none."""
     places: dict[str, int] = {"": -1}
-    known: dict[str, int] = {}
-    for cell in dict.fromkeys(cells):
-        known[cell] = -1 if cell == "" else places.setdefault(read(cell), len(places) - 1)
-    row_keys = np.fromiter(map(known.__getitem__, cells), np.int64, len(cells))
-    return list(places)[1:], row_keys, _number_notes(table, trial) if possible else ()
-
-
-def _unread(_cell: str) -> str:
-    return ""
-
-
-def _uid(cell: str) -> str:
-    text = tidy(cell.strip("'"))
-    return text if _UID.fullmatch(text) else ""
-
-
-def _accession(cell: str) -> str:
-    if len(cell) > _LONGEST:
-        return ""
-    text = tidy(cell.removeprefix("'"))
-    return whole_number(text) or text
-
-
-_READERS: Mapping[str, Callable[[str], str]] = {"path": normal, ACCESSION: _accession} | dict.fromkeys(
-    KEY_KINDS[:3], _uid
-)
-
-
-def whole_number(text: str) -> str | None:
-    """Return the digits of a whole number that a spreadsheet wrote with a point or a power; None if any may be lost.
-
-    Examples:
-        >>> whole_number("123.0"), whole_number("1.2345E+04"), whole_number("1.23E+05")
-        ('123', '12345', None)
-    """
-    if whole := _WHOLE.fullmatch(text):
-        return whole[1]
-    power = _SCIENTIFIC.fullmatch(text)
-    decimals = (power[2] or "") if power else ""
-    return power[1] + decimals if power and len(decimals) == int(power[3]) else None
-
-
-def _number_notes(table: Table, trial: _Trial) -> tuple[Note, ...]:
-    if trial.kind != ACCESSION:
-        return ()
-    cells = [text for text in table.columns[trial.column] if len(text) < _LONGEST and text[:1].isdigit()]
-    whole = sum(whole_number(text) is not None for text in cells if not text.isdigit())
-    lost = sum(_SCIENTIFIC.fullmatch(text) is not None for text in cells if not text.isdigit()) - sum(
-        _SCIENTIFIC.fullmatch(text) is not None and whole_number(text) is not None for text in cells
-    )
-    shown = table.shown(trial.column)
-    found = [
-        (whole, "were read without the decimals or the power of ten"),
-        (lost, "have lost digits and match nothing"),
-    ]
-    return tuple(
-        ("number_format", f"{shown}: {count} cells that a spreadsheet took for numbers {what} - format it as text")
-        for count, what in found
-        if count
-    )
+    known = {
+        cell: -1 if cell == "" else places.setdefault(read_key(kind, cell), len(places) - 1)
+        for cell in dict.fromkeys(cells)
+    }
+    return list(places)[1:], np.fromiter(map(known.__getitem__, cells), np.int64, len(cells))
 
 
 def _by_digest(
     texts: Sequence[str], files: Mapping[bytes, list[int]], count: int, digest: Callable[[str], bytes]
 ) -> NDArray[np.int64]:
     keys = np.full(count, -1, np.int64)
-    if files:
-        for key, text in enumerate(texts):
-            found = files.get(digest(text))
-            if found:
-                keys[found] = key
+    for key, text in enumerate(texts):
+        found = files.get(digest(text))
+        if found:
+            keys[found] = key
     return keys
 
 
@@ -327,10 +234,10 @@ def _inherited(kind: str, file_keys: NDArray[np.int64]) -> tuple[Note, ...]:
 
 def _nothing_matches(table: Table, trials: Sequence[_Trial], key: str) -> str:
     columns = list(dict.fromkeys(trial.column for trial in trials))
-    shown = ", ".join(table.shown(column) for column in columns[:12]) or "no column, for none can be a key"
+    shown = ", ".join(table.shown(column) for column in columns[:12]) or "nothing, for no column can be such a key"
     more = f" and {len(columns) - 12} more" if len(columns) > 12 else ""
-    kinds = ", ".join(kind for kind in KINDS if any(trial.kind == kind for trial in trials)) or "any key"
-    lost = any(code == "number_format" for trial in trials for code, _ in _number_notes(table, trial))
+    kinds = ", ".join(kind for kind in KINDS if any(trial.kind == kind for trial in trials)) or key
+    lost = any(number_notes(table, trial.column) for trial in trials if trial.kind == ACCESSION)
     hint = "; a spreadsheet has changed numbers: format the key as text and export again" if lost else ""
     remedy = "name the right column in [data] key" if key == AUTO else "check [data] key, or leave it at auto"
     return f"{table.where}: no row matches a file; tried {shown}{more} as {kinds}{hint} - {remedy}"

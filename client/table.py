@@ -30,7 +30,7 @@ Note = tuple[str, str]
 PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z _]{0,30}")
 """What a column may be called to be shown: a table without a header has a patient's cells in its first line."""
 
-_DELIMITERS = ",;\t|"
+_DELIMITERS = ",;|\t"  # where two do equally well, the first
 _SEP_LINE = re.compile(r'[ ]*"?sep=(.)"?[ ]*(?:\r\n|\r|\n|$)', re.IGNORECASE)  # written for Excel, never shown by it
 _QUOTED = re.compile(r'"[^"]*"')
 _LINE_END = re.compile(r"[\r\n]")
@@ -154,17 +154,23 @@ def _decode(where: str, content: bytes) -> tuple[str, tuple[Note, ...]]:
 
 
 def _delimiter(where: str, text: str) -> tuple[str, int]:
-    """Return the delimiter and where the header begins: what `sep=` says, else what is commonest in the header."""
+    """Return the delimiter and where the header begins: what `sep=` says, else what makes most of the first lines."""
     said = _SEP_LINE.match(text)
     if said and said[1] not in _DELIMITERS:
         raise DataError(f"{where} line 1: sep= must name a comma, a semicolon, a tab or a bar")
     start = said.end() if said else 0
-    head = text[start : start + 2**22].lstrip("\r\n ")
-    first = _LINE_END.split(_QUOTED.sub("", head), maxsplit=1)[0]
-    delimiter = said[1] if said else max(_DELIMITERS, key=first.count)
-    if first.count(delimiter) >= MAX_COLUMNS:
+    head = _QUOTED.sub("x", text[start : start + 2**22])
+    lines = [line for line in _LINE_END.split(head, maxsplit=16) if line.strip()][:2] or [""]
+    delimiter = said[1] if said else max(_DELIMITERS, key=lambda letter: _fields(lines, letter))
+    if lines[0].count(delimiter) >= MAX_COLUMNS:
         raise DataError(f"{where}: more than {MAX_COLUMNS} columns")
     return delimiter, start
+
+
+def _fields(lines: list[str], delimiter: str) -> tuple[bool, int]:
+    """Return whether header and first row agree on a delimiter, and how many columns it gives a name."""
+    agreed = len({line.count(delimiter) for line in lines}) == 1 and delimiter in lines[0]
+    return agreed, sum(name.strip() != "" for name in lines[0].split(delimiter))
 
 
 def _records(where: str, text: str, delimiter: str, line: int) -> list[tuple[int, list[str]]]:

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.identity import loosely, tidy
+from client.keys import whole_number
 from client.marks import NO, UNCERTAIN, YES, mark, uncertain_notes
-from client.matching import Match, whole_number
+from client.matching import Match
 from client.rules import LEFT_OUT, Rules, Said, check_count, check_name, fold, unknown_words
 from client.table import Note, Table
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from client.identity import Identity
 from client.image import CODES
+from client.keys import KEY_KINDS
 from client.labels import WARNINGS, Labelled, Named, Rules, class_folders, read_labels
-from client.matching import KEY_KINDS
 from common.errors import DataError
 
 SITE = Identity(b"site secret 1234")
@@ -151,7 +151,7 @@ def test_every_spelling_of_a_table_says_the_same(
         (b"\n\n;;\n", "found nothing"),
         (b"path,label\na\0,x\n", "not a text"),
         ("path,label\n".encode("utf-16-le"), "not a text"),
-        (b"\xff\xfep\0", "expected"),
+        (b"\xff\xfep\0", "no row matches"),
         (b"\xff\xfea\0b", "not a text"),
         (b"\xef\xbb\xbfpath\xff", "not a text"),
         (b"path,label\n\x81secret,x\n", "not a text"),
@@ -224,7 +224,7 @@ def test_a_table_of_studies_is_not_taken_for_one_of_images(read: Any) -> None:
 def test_a_patient_is_no_key_unless_named(read: Any) -> None:
     files = [named(f"x/{patient}.png") for patient in ("471", "472")]
     text = "PatientID,label\n471,a\n472,b\n"
-    assert "tried no column" in refusal(read, text, files)
+    assert "tried nothing, for no column can be such a key" in refusal(read, text, files)
     assert words(read(text, files, key="PatientID", patient="PatientID")) == ["a", "b"]
 
 
@@ -666,7 +666,7 @@ def test_any_bytes_give_an_answer_or_one_line(
 def test_representations_show_no_path_and_no_cell(read: Any) -> None:
     labelled = read("path,label,patient\na1,x,secret\n")
     assert "secret" not in repr(labelled)
-    assert "a1" not in repr(PNGS[0])
+    assert "IM1" not in repr(named("IM1"))
 
 
 @pytest.mark.slow
