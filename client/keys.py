@@ -20,7 +20,18 @@ AUTO = "auto"
 PATIENT_NAMES = frozenset({"patient", "patientid", "pid", "mrn", "subject", "subjectid", "patientname"})
 
 _KEY_NAMES = {
-    "path": {"path", "file", "filename", "filepath", "image", "imagepath", "relativepath", "dicom", "dicompath"},
+    "path": {
+        "path",
+        "file",
+        "filename",
+        "filepath",
+        "image",
+        "imagepath",
+        "relativepath",
+        "imageid",
+        "imagename",
+        "id",
+    },
     "SOPInstanceUID": {"sopinstanceuid", "sopuid", "instanceuid", "imageuid", "sopinstance"},
     "SeriesInstanceUID": {"seriesinstanceuid", "seriesuid", "seriesinstance"},
     "StudyInstanceUID": {"studyinstanceuid", "studyuid", "studyinstance"},
@@ -29,6 +40,7 @@ _KEY_NAMES = {
 NO_KEYS = PATIENT_NAMES | {"label", "class", "diagnosis", "target", "split", "site", "sex", "gender", "age"}
 _UID = re.compile(r"[0-9][0-9.]{2,63}")
 _LONGEST = 64  # characters of an AccessionNumber; SH allows 16 (Part 5, 6.2)
+_TELLING = 6  # characters of a key that is believed in a column whose name promises nothing
 _WHOLE = re.compile(r"([0-9]+)[.,]0+")
 _SCIENTIFIC = re.compile(r"([0-9])(?:[.,]([0-9]+))?[eE]\+?([0-9]{1,2})")
 
@@ -46,6 +58,11 @@ def plain(name: str) -> str:
 def kind_named(name: str) -> str | None:
     """Return the kind of key that a column's name promises."""
     return next((kind for kind, names in _KEY_NAMES.items() if plain(name) in names), None)
+
+
+def could_be_a_count(kind: str, text: str) -> bool:
+    """Return whether a key is so short that another column, such as row numbers, could hold it by chance."""
+    return len(text) < _TELLING and (kind == ACCESSION or (kind == "path" and text.isdigit()))
 
 
 def read_key(kind: str, cell: str) -> str:

@@ -14,7 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.identity import Identity
-from client.keys import ACCESSION, AUTO, KEY_KINDS, KINDS, NO_KEYS, kind_named, number_notes, plain, read_key
+from client.keys import (
+    ACCESSION,
+    AUTO,
+    KEY_KINDS,
+    KINDS,
+    NO_KEYS,
+    could_be_a_count,
+    kind_named,
+    number_notes,
+    plain,
+    read_key,
+)
 from client.pathmatching import PathMatcher
 from client.table import Note, Table
 from common.errors import DataError
@@ -82,7 +93,8 @@ class _Trial:
 
     column: int
     kind: str
-    loosely: bool  # leading zeros and case may differ
+    loosely: bool = False  # leading zeros and case may differ
+    guessed: bool = False  # neither the rules nor its name say that it is one
 
 
 def find_match(
@@ -107,7 +119,7 @@ def find_match(
     trials = [trial for trial in _trials(table, key, never) if trial.kind == "path" or known.digests[trial.kind]]
     best = _best(table, known, trials, identity)
     if best is None:
-        loosely = [_Trial(trial.column, ACCESSION, True) for trial in trials if trial.kind == ACCESSION]
+        loosely = [replace(trial, loosely=True) for trial in trials if trial.kind == ACCESSION]
         best = _best(table, known, loosely, identity)
     if best is None:
         raise DataError(_nothing_matches(table, trials, key))
@@ -120,51 +132,54 @@ def _trials(table: Table, key: str, never: Collection[int]) -> list[_Trial]:
     column = None if key == AUTO else table.find(key)
     if column is not None:
         kinds = dict.fromkeys([kind, "path"]) if kind else KINDS
-        return [_Trial(column, str(one), one == ACCESSION) for one in kinds]
+        return [_Trial(column, str(one), loosely=one == ACCESSION) for one in kinds]
     if kind is None and key != AUTO:
         table.required(key, "key")
     columns = [c for c, name in enumerate(table.names) if c not in never and plain(name) not in NO_KEYS]
-    return [
-        _Trial(c, one, kind_named(table.names[c]) == ACCESSION)
-        for c in columns
-        for one in _possible(table.names[c])
-        if kind in (None, one)
-    ]
+    return [trial for c in columns for trial in _possible(c, table.names[c]) if kind in (None, trial.kind)]
 
 
-def _possible(name: str) -> Sequence[str]:
+def _possible(column: int, name: str) -> list[_Trial]:
+    """Return what a column can be tried as, going by its name."""
     promised = kind_named(name)
-    return KINDS if promised in (None, "path") else ("path", str(promised))
+    if promised in (None, "path"):
+        return [_Trial(column, kind, guessed=kind != promised) for kind in KINDS]
+    return [_Trial(column, "path"), _Trial(column, str(promised), loosely=promised == ACCESSION)]
 
 
 def _best(table: Table, files: _Files, trials: Sequence[_Trial], identity: Identity) -> Match | None:
     best: tuple[tuple[int, int, bool, int, str], Match] | None = None
     for trial in trials:
         match = _tried(table, files, trial, identity)
+        if match is None:
+            continue
         name = table.names[trial.column]
         found = int((match.file_keys >= 0).sum())
         promised = kind_named(name) == trial.kind
         rank = (int(match.matched.sum()), found, promised, -KINDS.index(trial.kind), name.casefold())
-        if found and (best is None or rank > best[0]):
+        if best is None or rank > best[0]:
             best = rank, match
     if best is not None:
         table.check_once([best[1].column])
     return None if best is None else best[1]
 
 
-def _tried(table: Table, files: _Files, trial: _Trial, identity: Identity) -> Match:
-    texts, row_keys = _keys(table.columns[trial.column], trial.kind)
+def _tried(table: Table, files: _Files, trial: _Trial, identity: Identity) -> Match | None:
+    """Return rows and files joined by one column; None if no file is found."""
+    texts, row_keys = _keys(table.columns[trial.column], trial)
     notes: tuple[Note, ...] = ()
     if trial.kind == "path":
         found, doubtful = files.paths.match(texts)
-        file_keys = np.full(files.count, -1, np.int64)
-        file_keys[list(found)] = list(found.values())
     else:
-        file_keys = _by_digest(texts, files.digests[trial.kind], files.count, lambda t: identity.key(trial.kind, t))
-        doubtful = 0
+        found, doubtful = _by_digest(texts, files.digests[trial.kind], lambda text: identity.key(trial.kind, text)), 0
         if trial.loosely:
-            file_keys, loosened, doubtful = _loosened(texts, files, file_keys, identity)
-            notes += _loose_notes(table, trial.column, loosened)
+            more, doubtful = _loosened(texts, files, found, identity)
+            found |= more
+            notes += _loose_notes(table, trial.column, len(more))
+    if not found:
+        return None
+    file_keys = np.full(files.count, -1, np.int64)
+    file_keys[list(found)] = list(found.values())
     if doubtful:
         message = f"{table.shown(trial.column)}: {doubtful} keys fit several files or rows and were not used"
         notes += (("ambiguous_keys", message),)
@@ -172,31 +187,29 @@ def _tried(table: Table, files: _Files, trial: _Trial, identity: Identity) -> Ma
     return Match(trial.column, trial.kind, row_keys, file_keys, len(texts), notes)
 
 
-def _keys(cells: Sequence[str], kind: str) -> tuple[list[str], NDArray[np.int64]]:
+def _keys(cells: Sequence[str], trial: _Trial) -> tuple[list[str], NDArray[np.int64]]:
     """Return the different keys of a column, and which of them each row has, -1 for none."""
     places: dict[str, int] = {"": -1}
-    known = {
-        cell: -1 if cell == "" else places.setdefault(read_key(kind, cell), len(places) - 1)
-        for cell in dict.fromkeys(cells)
-    }
+    known: dict[str, int] = {}
+    for cell in dict.fromkeys(cells):
+        text = read_key(trial.kind, cell) if cell else ""
+        if trial.guessed and could_be_a_count(trial.kind, text):
+            text = ""
+        known[cell] = places.setdefault(text, len(places) - 1)
     return list(places)[1:], np.fromiter(map(known.__getitem__, cells), np.int64, len(cells))
 
 
 def _by_digest(
-    texts: Sequence[str], files: Mapping[bytes, list[int]], count: int, digest: Callable[[str], bytes]
-) -> NDArray[np.int64]:
-    keys = np.full(count, -1, np.int64)
-    for key, text in enumerate(texts):
-        found = files.get(digest(text))
-        if found:
-            keys[found] = key
-    return keys
+    texts: Sequence[str], files: Mapping[bytes, list[int]], digest: Callable[[str], bytes]
+) -> dict[int, int]:
+    """Return file -> key."""
+    return {file: key for key, text in enumerate(texts) for file in files.get(digest(text), ())}
 
 
 def _loosened(
-    texts: Sequence[str], files: _Files, strict: NDArray[np.int64], identity: Identity
-) -> tuple[NDArray[np.int64], int, int]:
-    """Return the keys of files with those of files that have none yet, how many these are, how many stay in doubt.
+    texts: Sequence[str], files: _Files, strict: Mapping[int, int], identity: Identity
+) -> tuple[dict[int, int], int]:
+    """Return file -> key of files that have none yet, and how many keys stay in doubt.
 
     A key without its leading zeros is taken only if no other key of the table and no other AccessionNumber of the files
     looks the same without them.
@@ -204,17 +217,14 @@ def _loosened(
     alike: dict[bytes, list[int]] = defaultdict(list)
     for key, text in enumerate(texts):
         alike[identity.loose_key(ACCESSION, text)].append(key)
-    keys = strict.copy()
+    found: dict[int, int] = {}
     doubtful = 0
-    for digest, places in alike.items():
-        waiting = [file for file in files.loose.get(digest, ()) if strict[file] < 0]
-        if not waiting:
-            continue
-        if len(places) == 1 and len({files.accessions[file] for file in files.loose[digest]}) == 1:
-            keys[waiting] = places[0]
-        else:
-            doubtful += len(places)
-    return keys, int((keys != strict).sum()), doubtful
+    for digest, keys in alike.items():
+        waiting = [file for file in files.loose.get(digest, ()) if file not in strict]
+        alone = len(keys) == 1 and len({files.accessions[file] for file in files.loose.get(digest, ())}) == 1
+        found |= dict.fromkeys(waiting if alone else (), keys[0])
+        doubtful += len(keys) if waiting and not alone else 0
+    return found, doubtful
 
 
 def _loose_notes(table: Table, column: int, loosened: int) -> tuple[Note, ...]:

@@ -75,7 +75,7 @@ class Table:
         """
         times = Counter(name.casefold() for name in self.names)
         for column in columns:
-            if times[self.names[column].casefold()] > 1:
+            if self.names[column] and times[self.names[column].casefold()] > 1:
                 raise DataError(f"{self.where}: expected each column once, {self.shown(column)} comes again")
 
     def required(self, name: str, setting: str) -> int:
@@ -170,7 +170,7 @@ def _delimiter(where: str, text: str) -> tuple[str, int]:
 def _fields(lines: list[str], delimiter: str) -> tuple[bool, int]:
     """Return whether header and first row agree on a delimiter, and how many columns it gives a name."""
     agreed = len({line.count(delimiter) for line in lines}) == 1 and delimiter in lines[0]
-    return agreed, sum(name.strip() != "" for name in lines[0].split(delimiter))
+    return agreed, sum(name.strip(_DELIMITERS + " ") != "" for name in lines[0].split(delimiter))
 
 
 def _records(where: str, text: str, delimiter: str, line: int) -> list[tuple[int, list[str]]]:

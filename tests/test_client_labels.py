@@ -228,6 +228,23 @@ def test_a_patient_is_no_key_unless_named(read: Any) -> None:
     assert words(read(text, files, key="PatientID", patient="PatientID")) == ["a", "b"]
 
 
+def test_row_numbers_are_not_taken_for_keys(read: Any) -> None:
+    """Short numbers match by chance, so they are believed only where a name or the site says that they are keys."""
+    files = [named(f"{i}.png", accession=str(i)) for i in range(1, 9)]
+    rows = [["Lfd", "MRN", "label"], *([str(i), f"m{i}", f"l{i % 2}"] for i in range(1, 20))]
+    assert "no row matches" in refusal(read, text_of(rows), files)
+    assert words(read(text_of(rows), files, key="lfd")) == ["l1", "l0"] * 4
+    assert words(read(text_of([["id", *rows[0][1:]], *rows[1:]]), files)) == ["l1", "l0"] * 4
+    longer = [named("IM1", accession="AC4711")]
+    assert read("order,label\nAC4711,x\n", longer).key == "AccessionNumber"
+
+
+def test_a_key_without_a_name(read: Any) -> None:
+    """As pandas writes its index."""
+    labelled = read(",,label\nz,a1,x\ny,a2,y\n")
+    assert (words(labelled)[:2], labelled.column) == (["x", "y"], "column 2")
+
+
 @pytest.mark.parametrize(
     "spelling",
     [
