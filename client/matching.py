@@ -148,17 +148,24 @@ def _possible(column: int, name: str) -> list[_Trial]:
 
 
 def _best(table: Table, files: _Files, trials: Sequence[_Trial], identity: Identity) -> Match | None:
-    best: tuple[tuple[int, int, bool, int, str], Match] | None = None
-    for trial in trials:
+    """Return the trial with most keys, then most files; of equals one that its name promises, then the finest."""
+
+    def promised(trial: _Trial) -> bool:
+        return kind_named(table.names[trial.column]) == trial.kind
+
+    def preference(trial: _Trial) -> tuple[bool, int, str]:
+        return not promised(trial), KINDS.index(trial.kind), table.names[trial.column].casefold()
+
+    best: tuple[tuple[int, int], Match] | None = None
+    for trial in sorted(trials, key=preference):
         match = _tried(table, files, trial, identity)
         if match is None:
             continue
-        name = table.names[trial.column]
-        found = int((match.file_keys >= 0).sum())
-        promised = kind_named(name) == trial.kind
-        rank = (int(match.matched.sum()), found, promised, -KINDS.index(trial.kind), name.casefold())
+        rank = (int(match.matched.sum()), int((match.file_keys >= 0).sum()))
         if best is None or rank > best[0]:
             best = rank, match
+        if rank[0] == files.count:  # every file has a key of its own: no other trial can have more
+            break
     if best is not None:
         table.check_once([best[1].column])
     return None if best is None else best[1]
