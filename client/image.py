@@ -54,13 +54,6 @@ IGNORED = {
 }
 """Why a file is passed over: code -> meaning. Nothing is wrong with it."""
 
-MAX_BYTES once decoded",
-    "damaged": "cut short, or its content contradicts itself",
-    "bad_values": "pixel values that are not finite, or beyond MAX_VALUE",
-    "kind_differs": "grey among colour images, or the reverse",
-}
-"""Why a file is in quarantine: code -> meaning. Closed: counts of these are all that is told of unusable files."""
-
 MAX_BYTES = 512 * 2**20  # all frames, decoded; judged by the header, before anything is decoded
 MAX_VALUE = 1e12  # pictures are far below it, and float32 arithmetic on it cannot overflow
 GREY_SPREAD = 8.0  # mean of max - min over the channels, in levels of 255, below which colour is a tint
