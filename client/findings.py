@@ -101,9 +101,7 @@ class Findings:
     rows: int = 0  # of the label table
     key: str = ""  # how rows and files were matched
     decode: Mapping[str, tuple[int, float]] = field(default_factory=dict)  # transfer syntax -> files, seconds
-    confounding: tuple[
-        tuple[str, Factor, float, int], ...
-    ] = ()  # label, by what, strength 0..1 (1: decides it), images
+    confounding: tuple[tuple[str, Factor, float, int], ...] = ()  # label, by, strength 0..1, images
     near_duplicates: int = 0
     duplicates: int = 0
     warnings: tuple[Warned, ...] = ()
