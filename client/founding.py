@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ TEMPLATE = """\
 # key = "auto"
 # Column of the labels as words, or several columns of 1, 0, -1 and blank: label = ["Effusion", "Edema"]. Empty: found.
 # label = []
-# Words of the one column that mean yes, for a task of two labels: positive = ["abnormal", "1"]. Empty: each word a label.
+# Words of the one column that mean yes, for a task of two labels: positive = ["abnormal", "1"]. Empty: a label a word.
 # positive = []
 # uncertain = "ignore"              # what -1 means: ignore, zeros, ones, soft
 # blank = "zeros"                   # what an empty cell among several columns means: zeros, ignore
@@ -149,9 +150,7 @@ def _assignment(key: str, value: str) -> str:
 
 
 def _default_name(folder: Path) -> str:
-    kept = "".join(
-        letter for letter in folder.resolve().name if letter.isascii() and (letter.isalnum() or letter in "._-")
-    )
+    kept = re.sub(r"[^A-Za-z0-9._-]", "", folder.resolve().name)
     return kept.lstrip("._-")[:63] or "site"
 
 
@@ -159,7 +158,7 @@ def _from(folder: Path, path: Path | None, option: str, kind: str) -> str:
     """Return a path as site.toml names it: below the site's folder relative to it, else absolute."""
     if path is None:
         return ""
-    whole = Path(os.path.abspath(path.expanduser()))  # not resolved: a mount or a link keeps its name
+    whole = Path(os.path.abspath(path.expanduser()))  # noqa: PTH100  not resolved: a link keeps its name
     if not (whole.is_dir() if kind == "folder" else whole.is_file()):
         raise UsageError(f"{option}: there is no {kind} {path}")
     try:

@@ -117,16 +117,10 @@ def _rows(text: str, name: str) -> list[tuple[int, list[str]]]:
     first = next((line for line in text.splitlines() if line.strip()), "")
     separator = max(",;\t", key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    rows = []
     try:
-        for row in reader:
-            if any(tidy(cell) for cell in row):
-                rows.append((reader.line_num, row))
+        return [(reader.line_num, row) for row in reader if any(tidy(cell) for cell in row)]
     except csv.Error:
-        raise DataError(
-            f"{name}: line {reader.line_num} is not CSV; look for a quotation mark without its pair"
-        ) from None
-    return rows
+        raise DataError(f"{name}: line {reader.line_num} is not CSV; look for a lone quotation mark") from None
 
 
 def _column(
@@ -138,9 +132,7 @@ def _column(
     heading = [_plain(cell) for cell in rows[0][1]]
     for known in COLUMNS if wanted is None else (_plain(wanted),):
         if heading.count(known) > 1:
-            raise DataError(
-                f"{name}: several columns are called {wanted or known}; keep one, or name one with --column"
-            )
+            raise DataError(f"{name}: several columns are called {wanted or known}; name another with --column")
         if known in heading:
             return heading.index(known), rows[1:]
     if wanted is not None or len(heading) > 1:

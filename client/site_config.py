@@ -70,7 +70,9 @@ class DataSection(Section):
     blank: Literal["zeros", "ignore"] = "zeros"  # what an empty cell means among several columns
     patient: str | None = None  # column to take in place of PatientID
     split: str | None = None  # column with train, validation, test; None: one called split, else the site's own
-    words: dict[str, str] = {}  # local word or column -> the federation's label; empty text: leave out
+    words: dict[str, str] = Field(
+        default_factory=dict
+    )  # local word or column -> the federation's label; empty text: leave out
     placeholder_patients: Literal["stop", "quarantine"] = "stop"  # images of PatientIDs that stand for nobody
     preset: str = "generic"  # a name of client.preprocessing.PRESETS
     image_size: int | None = Field(default=None, ge=16, le=2048)  # pixels, square; None: the preset's
