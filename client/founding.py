@@ -90,10 +90,11 @@ def found(folder: Path, name: str | None = None, images: Path | None = None, lab
         UsageError: a site is there already, a path does not exist, or the folder cannot be written.
     """
     folder = folder.absolute()
-    _check_free(folder)
-    text = site_toml(folder, name, images, labels)
-    made = not folder.exists()
+    made = False
     try:
+        _check_free(folder)
+        text = site_toml(folder, name, images, labels)
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         _place(folder, text)
     except OSError as error:

@@ -1,7 +1,8 @@
 """The site's secret: 32 random bytes that every digest of a patient, a study or a file is made with.
 
 Whoever holds it can search the site's index for a patient whose number is known, so it is for the
-eyes of one user only. It cannot be made again: with another secret the list of patients who opted out would name nobody.
+eyes of one user only. It cannot be made again: with another secret, the list of patients who opted out
+would name nobody.
 """
 
 from __future__ import annotations
