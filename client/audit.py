@@ -47,6 +47,7 @@ Facts = Mapping[str, Any]
 
 _WORD = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _DIGEST = re.compile(r"([0-9a-f]{16}){1,4}")
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
 _KEYS = {"time", "event", "facts", "previous", "sha256"}
 
 
@@ -157,7 +158,7 @@ def _canonical(value: Mapping[str, Any]) -> bytes:
 
 def _line(event: str, facts: Facts, previous: str) -> tuple[bytes, str]:
     """Return a line without its end, and its hash."""
-    time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    time = datetime.now(UTC).strftime(_TIME)
     body = {"time": time, "event": event, "facts": facts, "previous": previous}
     sha256 = hashlib.sha256(_canonical(body)).hexdigest()
     return _canonical({**body, "sha256": sha256}), sha256
@@ -214,6 +215,7 @@ def _entry(line: bytes) -> Entry | None:
         texts = all(isinstance(part, dict if key == "facts" else str) for key, part in value.items())
         if texts and line == _canonical(value) and hashlib.sha256(_canonical(body)).hexdigest() == value["sha256"]:
             _check(value["event"], value["facts"])
+            datetime.strptime(value["time"], _TIME)  # only its form counts
             return Entry(**value)
     return None
 

@@ -12,11 +12,9 @@ from common.cli import Group
 
 if TYPE_CHECKING:
     from client.findings import Findings
-    from client.pacs import Pulled
-    from client.site_config import SiteConfig
-    from common.progress import Reporter
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
+_INCOMPLETE = 3  # exit code: completed in part
 _SITE_TOML = click.Path(path_type=Path)
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout.")
@@ -93,7 +91,9 @@ def check(path: Path, files: bool, offline: bool, output: Path | None, as_json: 
     examination.ready(config, output)
     with Reporter(quiet=quiet) as reporter:
         if config.toml.data.dicomweb is not None and not offline:
-            _pull(config, reporter)
+            pulled = examination.pull(config, reporter)
+            if getattr(pulled, "failed", 0):
+                reporter.note("warning: some images did not come from the PACS; `consilium site pull` tries them again")
         found = examination.examine(config, reporter)
     page = examination.write(config, found, output)
     if as_json:
@@ -118,7 +118,7 @@ def pull(path: Path, as_json: bool, quiet: bool) -> int:
     Example:
       consilium site pull radiology/site.toml
 
-    Exit code: 0 done, 1 failed, 2 wrong configuration.
+    Exit code: 0 done, 1 failed, 2 wrong configuration, 3 some images did not come: run it again.
     """  # noqa: D301
     import dataclasses
 
@@ -132,12 +132,12 @@ def pull(path: Path, as_json: bool, quiet: bool) -> int:
         raise ConfigError(f"{path}: no [data.dicomweb], so there is nothing to pull from")
     examination.ready(config, None)
     with Reporter(quiet=quiet) as reporter:
-        pulled = dataclasses.asdict(_pull(config, reporter))
+        pulled = dataclasses.asdict(examination.pull(config, reporter))
     if as_json:
         _print_json(pulled)
     else:
         _table("Pulled from the PACS", pulled)
-    return 0
+    return _INCOMPLETE if pulled.get("failed") else 0
 
 
 @site.command(context_settings=_SETTINGS)
@@ -201,12 +201,6 @@ def verify(path: Path, as_json: bool) -> int:
     else:
         click.echo(f"holds: {len(entries)} entries, of which {torn} record a line torn by a crash; last {last}")
     return 0
-
-
-def _pull(config: SiteConfig, reporter: Reporter) -> Pulled:
-    from client import examination
-
-    return examination.pull(config, reporter)
 
 
 def _show(found: Findings, page: Path, files: bool) -> None:

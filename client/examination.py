@@ -7,17 +7,20 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from client import audit, intake, optout
 from client.findings import Findings
 from client.identity import Identity
-from client.pacs import Pulled
 from client.report.document import document
 from client.report.page import render
 from client.secret import read_secret
 from client.site_config import SiteConfig
 from common.errors import ConfigError, ConsiliumError, UsageError
 from common.files import write_atomic
+
+if TYPE_CHECKING:
+    from client.pacs import Pulled  # may need an extra that is not installed
 
 PAGE = "check.html"
 DOCUMENT = "check.json"

@@ -49,9 +49,17 @@ TEMPLATE = """\
 # preset = "generic"                # how images are shown to the network; generic, chest-xray, ct, mammography, …
 # image_size = 224                  # pixels a side; the preset's by default
 
-# [data.dicomweb]                   # pull from the PACS; needs the extra `pacs`
+# [data.dicomweb]                   # pull listed studies from the PACS; needs the extra `pacs`
 # url = "https://pacs.hospital.example/dicom-web"
-# studies = "studies.csv"           # which studies to pull
+# studies = "studies.csv"           # StudyInstanceUIDs or AccessionNumbers, one a line or a column; without default
+# credentials = "pacs.key"          # file with user:password or Bearer TOKEN, mode 0600; none by default
+# ca_certificate = "pacs.pem"       # PEM file; by default the authorities that browsers trust
+# proxy = "http://proxy:3128"       # none by default
+# allow_http = false                # let images and credentials cross the network in the clear
+# requests_per_second = 5.0
+# timeout_s = 60.0
+# retries = 5
+# max_file_mb = 2048
 
 # [policy]                          # limits on what a coordinator may ask; none in this version
 

@@ -44,9 +44,11 @@ def read_secret(path: Path) -> bytes:
     except OSError as error:
         reason = "a symbolic link" if path.is_symlink() else error.strerror
         raise ConfigError(f"{path}: cannot be read ({reason}), expected a file of {BYTES} bytes") from None
-    with os.fdopen(handle, "rb") as file:
-        _check(path, os.fstat(file.fileno()))
-        return file.read(BYTES)
+    try:
+        _check(path, os.fstat(handle))
+        return os.read(handle, BYTES)
+    finally:
+        os.close(handle)
 
 
 def _check(path: Path, found: os.stat_result) -> None:

@@ -1,4 +1,4 @@
-"""The findings as one JSON document: `consilium site check --json` and, without the files, `state/check.json`.
+r"""The findings as one JSON document: `consilium site check --json` and, without the files, `state/check.json`.
 
 examples           {split: images}
 patients           patients with an image in use
@@ -10,7 +10,7 @@ warnings           [{code, message}], codes of client.findings.WARNINGS
 manifest_sha256    names the data set: files, labels, splits
 preprocessing_id   names all that decides a pixel
 files              [{path, status, code?, pixel_sha256?}], with --files only; the path is below the images' folder,
-                   bytes of a name that are no UTF-8 are written as `\\xe9`
+                   bytes of a name that are no UTF-8 are written as `\xe9`
 site, preset, image_size
 stop               why the data may not be used as they are; null: they may
 months             {first, last} as "YYYY-MM", or null

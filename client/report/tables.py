@@ -75,7 +75,7 @@ def facts(found: Findings) -> list[tuple[str, str]]:
     """Return the single figures."""
     first, last = (month(number) for number in found.months) if found.months else (DASH, DASH)
     burned = ", ".join(f"{word} {grouped(n)}" for word, n in found.burned_in.items()) or DASH
-    rows = [
+    return [
         ("Patients", grouped(found.patients)),
         ("Studies from", first if first == last else f"{first} to {last}"),
         ("Text burned in", burned),
@@ -84,7 +84,6 @@ def facts(found: Findings) -> list[tuple[str, str]]:
         ("Preset", f"{found.preset}, {found.image_size} pixels a side"),
         ("Time", f"{duration(found.seconds)}, {plural(found.from_cache, 'file')} known from before"),
     ]
-    return rows
 
 
 def matching(found: Findings) -> list[tuple[str, str]]:

@@ -10,11 +10,11 @@ THIN = "\N{NARROW NO-BREAK SPACE}"
 
 
 def visible(text: str) -> str:
-    """Replace what a name could hide behind or steer a terminal with: control, format and unencodable characters.
+    r"""Replace what a name could hide behind or steer a terminal with: control, format and unencodable characters.
 
     Examples:
-        >>> visible("a\\x1b[31mb")
-        'a\N{REPLACEMENT CHARACTER}[31mb'
+        >>> visible("a\x1b[31mb")
+        'a�[31mb'
     """
     hidden = {"Cc", "Cf", "Cs", "Zl", "Zp"}
     return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in hidden else c for c in text)
@@ -75,12 +75,14 @@ def rate(files: int, seconds: float) -> str:
     """Print how many files a second.
 
     Examples:
-        >>> rate(120, 2.5), rate(3, 6), rate(3, 0)
-        ('48 a second', '0.5 a second', '–')
+        >>> rate(120, 2.5), rate(3, 6), rate(3, 60), rate(3, 0)
+        ('48 a second', '0.5 a second', '< 0.1 a second', '–')
     """
     if seconds <= 0:
         return DASH
     speed = files / seconds
+    if speed < 0.1:
+        return "< 0.1 a second"
     return f"{grouped(round(speed))} a second" if speed >= 10 else f"{speed:.1f} a second"
 
 
