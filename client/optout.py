@@ -25,6 +25,7 @@ COLUMNS = ("patientid", "patient")
 
 MAX_BYTES = 64 * 2**20
 
+_Rows = Sequence[tuple[int, list[str]]]
 _LINE = re.compile(rb"[0-9a-f]{32}")
 _ROUNDED = re.compile(r"[0-9][.,][0-9]+E\+[0-9]+", re.IGNORECASE)
 
@@ -116,6 +117,8 @@ def _rows(text: str, name: str) -> list[tuple[int, list[str]]]:
     """Return the rows that are not blank, each with its line number."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     separator = max(",;\t", key=first.count)
+    if separator not in first:
+        separator = "\x1f"  # one column, so that a comma is part of what it holds
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         return [(reader.line_num, row) for row in reader if any(tidy(cell) for cell in row)]
@@ -123,9 +126,7 @@ def _rows(text: str, name: str) -> list[tuple[int, list[str]]]:
         raise DataError(f"{name}: line {reader.line_num} is not CSV; look for a lone quotation mark") from None
 
 
-def _column(
-    rows: Sequence[tuple[int, list[str]]], wanted: str | None, name: str
-) -> tuple[int, Sequence[tuple[int, list[str]]]]:
+def _column(rows: _Rows, wanted: str | None, name: str) -> tuple[int, _Rows]:
     """Return the place of the patients' column, and the rows below the heading."""
     if not rows:
         raise DataError(f"{name}: empty, expected one PatientID a line")
@@ -134,11 +135,19 @@ def _column(
         if heading.count(known) > 1:
             raise DataError(f"{name}: several columns are called {wanted or known}; name another with --column")
         if known in heading:
-            return heading.index(known), rows[1:]
+            return heading.index(known), _within(rows, len(heading), name)[1:]
     if wanted is not None or len(heading) > 1:
         expected = f"a column called {wanted}" if wanted else "a column called PatientID or patient, or a single column"
         raise DataError(f"{name}: expected {expected}; name the right one with --column")
     return 0, rows
+
+
+def _within(rows: _Rows, width: int, name: str) -> _Rows:
+    """Return the rows, none of which is wider than the heading: a stray separator would move the PatientID."""
+    for number, row in rows:
+        if any(tidy(cell) for cell in row[width:]):
+            raise DataError(f"{name}: line {number} has more cells than the heading")
+    return rows
 
 
 def _plain(heading: str) -> str:
