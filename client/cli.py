@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,8 @@ import click
 from common.cli import Group
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from client.findings import Findings
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -56,11 +60,11 @@ def init(folder: Path, name: str | None, images: Path | None, labels: Path | Non
     if as_json:
         _print_json({"site": made.site, "config": str(made.config), "state": str(made.state)})
         return 0
-    click.echo(f"site {made.site}: {made.config}")
-    if images is None:
-        click.echo(f"Next: name the folder of the images in {made.config}, then")
-    click.echo(f"{'      ' if images is None else 'Next: '}consilium site check {made.config}")
-    click.echo(f"Keep a backup of {made.state / 'secret'}, readable by nobody else: it cannot be made again.")
+    config = _path(made.config)
+    click.echo(f"site {made.site}: {config}")
+    first = "" if images else f"name the folder of the images in {config}, then "
+    click.echo(f"Next: {first}consilium site check {config}")
+    click.echo(f"Keep a backup of {_path(made.state / 'secret')}, readable by nobody else: it cannot be made again.")
     return 0
 
 
@@ -163,6 +167,10 @@ def forget(patients: Path, path: Path, column: str | None, as_json: bool) -> int
         _print_json(forgotten)
     else:
         _table("Taken out", forgotten)
+        if not forgotten["images"]:
+            click.echo(
+                "Nothing was kept of their images. If some should have been, compare how the PatientIDs are written."
+            )
         click.echo("Copies of check.html made with --output may still show their images: delete those.")
     return 0
 
@@ -204,19 +212,30 @@ def verify(path: Path, as_json: bool) -> int:
 
 
 def _show(found: Findings, page: Path, files: bool) -> None:
-    from rich.console import Console
-
     from client.report import terminal
 
-    terminal.show(found, str(page), Console(), files=files)
+    terminal.show(found, _path(page), _console(), files=files)
 
 
 def _table(title: str, values: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from client.report import terminal
 
-    terminal.pairs(title, {name: str(value) for name, value in values.items()}, Console())
+    terminal.pairs(title, {name: str(value) for name, value in values.items()}, _console())
+
+
+def _console() -> Console:
+    """Return the terminal; a letter that it cannot show is written as a code, and stops nothing."""
+    from rich.console import Console
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console()
+
+
+def _path(path: Path) -> str:
+    from client.report.wording import encodable, visible
+
+    return visible(encodable(str(path)))
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -38,6 +38,8 @@ def ready(config: SiteConfig, output: Path | None) -> Identity:
     """
     if not config.state.is_dir():
         raise ConfigError(f"{config.state}: there is no such folder; make a site with `consilium site init DIR`")
+    if not os.access(config.state, os.W_OK | os.X_OK):
+        raise ConfigError(f"{config.state}: cannot be written; run the command as the user whose site it is")
     if output is not None and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK | os.X_OK)):
         raise UsageError(f"--output: {output} cannot be written; name a file in a folder that exists")
     return Identity(read_secret(config.secret))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import stat
@@ -174,6 +175,25 @@ def test_names_that_are_no_unicode(hospital: SiteConfig, run: Run, intake: Any) 
     code, out, _ = run("check", hospital.path, "--files", "--quiet")
     assert code == 0
     assert r"caf\xe9.dcm" in out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_of_another_encoding(
+    encoding: str, hospital: SiteConfig, intake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intake(labels={"train": {"Pleuraerguß 胸水": 1000}}, months=None)
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding=encoding))
+    site(["check", str(hospital.path), "--quiet"], standalone_mode=False)
+    sys.stdout.flush()
+    assert "1 000" in screen.getvalue().decode(encoding)
+
+
+def test_a_folder_whose_name_is_no_unicode(tmp_path: Path, run: Run) -> None:
+    code, out, err = run("init", Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")))
+    assert (code, err) == (0, "")
+    assert r"site caf: " in out
+    assert r"caf\xe9/site.toml" in out
 
 
 def test_data_that_may_not_be_used_are_shown_all_the_same(hospital: SiteConfig, run: Run, intake: Any) -> None:

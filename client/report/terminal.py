@@ -12,7 +12,7 @@ from rich.text import Text
 from client.findings import Findings
 from client.report import tables
 from client.report.tables import Left
-from client.report.wording import grouped, plural, visible
+from client.report.wording import THIN, grouped, plural, visible
 
 MOST = 40
 """Rows of a table on the terminal; the page has them all."""
@@ -118,8 +118,12 @@ def _table(title: str, columns: Sequence[str], sides: str) -> Table:
 
 
 def _text(text: str) -> Text:
-    return Text(visible(text))
+    return Text(_plain(text))
+
+
+def _plain(text: str) -> str:
+    return visible(text).replace(THIN, " ")  # not every terminal has the narrow blank
 
 
 def _line(console: Console, text: str) -> None:
-    console.print(visible(text), soft_wrap=True, markup=False, highlight=False, emoji=False)
+    console.print(_plain(text), soft_wrap=True, markup=False, highlight=False, emoji=False)
