@@ -124,25 +124,10 @@ class Catalogue:
             report(done, len(paths))
         return [entry for entry in entries if entry is not None]
 
-    def forget(self, persons: set[bytes]) -> list[bytes]:
-        """Take records and pixels of these persons out; return the digests of the images that are gone.
-
-        The records go last: a process killed in between finds them again and goes on.
-        """
-        keys = self._records.keys()
-        rows = self._records.take(self._records.find(keys))
-        theirs = np.array([person.tobytes() in persons for person in rows["person"]], bool)
-        kept = {digest.tobytes() for digest in rows["digest"][~theirs]}
-        gone = sorted({digest.tobytes() for digest in rows["digest"][theirs]} - kept - {_GONE})
-        for store in self._pixels.values():
-            store.remove(np.frombuffer(b"".join(gone), "V32"))
-        self._records.remove(keys[theirs])
-        return gone
-
     def exclude(self, path: Path, person: bytes, entry: Entry) -> None:
         """Take out one file of a patient whom the label table names: its pixels go, its record says why.
 
-        The record is kept, so that the file is not decoded again.
+        The record stays, so that the file is not decoded again.
         """
         keys = self._keys([path])
         for store in self._pixels.values():

@@ -8,12 +8,14 @@ from difflib import get_close_matches
 from typing import Literal
 
 from client.keys import KEY_KINDS, PATIENT_NAMES, kind_named, plain
-from client.listing import COLUMNS
 from client.marks import marks_only, nearly_marks
 from client.matching import Named
 from client.rules import Rules
 from client.table import Note, Table
 from common.errors import DataError
+
+COLUMNS = ("path", "label", "patient", "site", "split")
+"""Names that mean something wherever they stand; a name close to one of them is taken for a slip."""
 
 _LABEL_NAMES = ("label", "class", "diagnosis", "target")
 _NO_LABELS = PATIENT_NAMES | {

@@ -116,6 +116,12 @@ def forget(config: SiteConfig, patients: Path, column: str | None = None) -> dic
     except OSError as error:
         raise ConsiliumError(f"{config.state}: the last report cannot be deleted ({error.strerror})") from None
     gone = intake.forget(config, set(persons))
-    counts = {"persons": len(persons), "new": new, "images": gone.images, "files": gone.files}
+    counts = {
+        "persons": len(persons),
+        "new": new,
+        "images": gone.images,
+        "features": gone.features,
+        "files": gone.files,
+    }
     audit.append(config.audit, "forget", counts)
     return counts

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.image import CODES, IGNORED
+from client.labels import WARNINGS as LABEL_WARNINGS
 
 WARNINGS = {
     "no_validation": "no image is in validation, so rounds cannot be compared",
@@ -27,8 +28,6 @@ WARNINGS = {
     "label_conflict": "images labelled in two ways",
     "rows_without_file": "rows of the label table that match no file",
     "files_without_label": "images that no row of the label table names",
-    "ambiguous_key": "rows that match several files",
-    "loose_match": "rows that match only when case and leading zeros are left out",
     "burned_in": "images that say of themselves that text is burned into them",
     "confounding": "a label goes with a device, a view or a modality: a model may learn that instead",
     "near_duplicates": "images that are nearly the same",
@@ -37,6 +36,8 @@ WARNINGS = {
     "many_quarantined": "a large share of the files is in quarantine",
     "slow_decoding": "a transfer syntax that takes long to decode",
     "opted_out": "images of patients who were taken out",
+    "mixed_intent": "images for presentation among images for processing",
+    **LABEL_WARNINGS,
 }
 """What one should know before a run: code -> meaning."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,6 @@ from client.listing import MANIFEST, Found, list_files
 from client.presets import Preset
 from client.records import Entry
 from client.vocabulary import PICTURE_FORMATS
-from common.errors import DataError
 
 Progress = Callable[[int, int], None]
 
@@ -33,7 +32,7 @@ class Folder:
 
     root: Path
     labels: Path | None = None  # None: manifest.csv in the folder, or one subfolder a class
-    rules: Rules = Rules()
+    rules: Rules = field(default_factory=Rules)
 
     @property
     def table(self) -> Path | None:
@@ -52,8 +51,10 @@ class Gathered:
     labelled: Labelled | None  # about the `members`; None where there are none
     members: NDArray[np.int64]  # (m,) places of the files that the labels speak of
     patients: tuple[bytes, ...]  # n; Identity.patient, 32 bytes; empty: unknown
+    nobody: NDArray[np.bool_]  # (n,) a PatientID is expected, and blank or a placeholder
     kind: Kind
     from_cache: int  # files that were not read again
+    excluded: tuple[bytes, ...] = ()  # digests of images that were taken out of the cache just now
 
     @property
     def usable(self) -> NDArray[np.int64]:
@@ -94,6 +95,8 @@ def gather(
     preset: Preset,
     opted_out: frozenset[bytes] = frozenset(),
     progress: Progress | None = None,
+    *,
+    unread: bool = True,
 ) -> Gathered:
     """Read a folder: every file listed, read once, labelled, and judged.
 
@@ -104,6 +107,7 @@ def gather(
         preset: how images are shown.
         opted_out: `Identity.person` of patients who were taken out.
         progress: told how far the reading is.
+        unread: whether files that were not read yet are read; else they count as missing.
 
     Raises:
         DataError: no such folder, or labels that cannot be taken at their word.
@@ -111,15 +115,26 @@ def gather(
     """
     found = list_files(folder.root)
     paths = [folder.root / path for path in found.paths]
-    known = sum(entry is not None for entry in catalogue.known(paths))
-    entries = catalogue.read(paths, progress)
+    known = catalogue.known(paths)
+    entries = catalogue.read(paths, progress) if unread else [entry or Entry("missing") for entry in known]
     members, labelled = _labelled(folder, found.paths, entries, identity)
     patients, persons = _patients(entries, members, labelled, identity)
-    _exclude(catalogue, paths, entries, persons, opted_out)
-    codes = _codes(entries, members, labelled, patients, persons, opted_out)
+    excluded = _exclude(catalogue, paths, entries, persons, opted_out)
+    codes = _codes(entries, members, labelled, persons, opted_out)
     kind = _kind(entries, codes, preset)
     codes = ["kind_differs" if not code and e.kind != kind else code for code, e in zip(codes, entries, strict=True)]
-    return Gathered(found, tuple(entries), tuple(codes), labelled, members, tuple(patients), kind, known)
+    return Gathered(
+        found=found,
+        entries=tuple(entries),
+        codes=tuple(codes),
+        labelled=labelled,
+        members=members,
+        patients=tuple(patients),
+        nobody=_nobody(entries, members, labelled, patients),
+        kind=kind,
+        from_cache=sum(entry is not None for entry in known),
+        excluded=excluded,
+    )
 
 
 def _labelled(
@@ -158,32 +173,41 @@ def _exclude(
     entries: Sequence[Entry],
     persons: Sequence[bytes],
     opted_out: frozenset[bytes],
-) -> None:
-    """Take out of the cache what belongs to patients whom only the table names."""
-    for path, entry, person in zip(paths, entries, persons, strict=True):
-        if person in opted_out and not entry.code:
-            catalogue.exclude(path, person, entry)
+) -> tuple[bytes, ...]:
+    """Take out of the cache what belongs to patients whom only the table names, and return the images' digests."""
+    theirs = [
+        (path, entry, person)
+        for path, entry, person in zip(paths, entries, persons, strict=True)
+        if person in opted_out and not entry.code
+    ]
+    for path, entry, person in theirs:
+        catalogue.exclude(path, person, entry)
+    return tuple(entry.digest for _, entry, _ in theirs)
 
 
 def _codes(
     entries: Sequence[Entry],
     members: NDArray[np.int64],
     labelled: Labelled | None,
-    patients: Sequence[bytes],
     persons: Sequence[bytes],
     opted_out: frozenset[bytes],
 ) -> list[str]:
     codes = [entry.code for entry in entries]
     for place, code in zip(members.tolist(), labelled.codes if labelled else (), strict=True):
         codes[place] = codes[place] or code
-    named = {place for place, name in zip(members.tolist(), labelled.patients if labelled else (), strict=True) if name}
-    for place, entry in enumerate(entries):
-        names_patients = entry.header.syntax not in PICTURE_FORMATS or place in named
-        if persons[place] in opted_out and persons[place]:
+    for place, person in enumerate(persons):
+        if person and person in opted_out:
             codes[place] = "opted_out"
-        elif not codes[place] and not patients[place] and names_patients:
-            codes[place] = "placeholder_patient"
     return codes
+
+
+def _nobody(
+    entries: Sequence[Entry], members: NDArray[np.int64], labelled: Labelled | None, patients: Sequence[bytes]
+) -> NDArray[np.bool_]:
+    """Return which files should name a patient, by header or by table, and name nobody."""
+    expected = np.array([entry.header.syntax not in (*PICTURE_FORMATS, "") for entry in entries], bool)
+    expected[members[[name is not None for name in labelled.patients]] if labelled else []] = True
+    return np.asarray(expected & ~np.array([bool(patient) for patient in patients], bool))
 
 
 def _kind(entries: Sequence[Entry], codes: Sequence[str], preset: Preset) -> Kind:
@@ -194,20 +218,9 @@ def _kind(entries: Sequence[Entry], codes: Sequence[str], preset: Preset) -> Kin
     return "colour" if kinds.get("colour", 0) > kinds.get("grey", 0) else "grey"
 
 
-def require_usable(gathered: Gathered, root: Path) -> None:
-    """Check that there is an image to use.
-
-    Raises:
-        DataError: there is none; says what became of the files.
-    """
-    if len(gathered.usable):
-        return
-    raise DataError(nothing_usable(gathered, root))
-
-
-def nothing_usable(gathered: Gathered, root: Path) -> str:
-    """Return what to tell where no file can be used."""
-    quarantine, ignored = gathered.counts()
+def nothing_usable(gathered: Gathered, root: Path, codes: Sequence[str] | None = None) -> str:
+    """Return what to tell where no file can be used; `codes` in place of the own ones."""
+    quarantine, ignored = gathered.counts(codes)
     reasons = ", ".join(f"{code} {n}" for code, n in sorted(quarantine.items())) or "none"
     return (
         f"{root}: no usable image (in quarantine: {reasons}; ignored: {ignored.total()})"

@@ -18,15 +18,18 @@ from numpy.typing import NDArray
 
 from client import erasure, splitting
 from client.catalogue import Catalogue
+from client.cautions import cautions
 from client.cohort import SPLITS, Cohort
 from client.confounding import NOTABLE, association
+from client.erasure import Erased
 from client.findings import FileFinding, Findings
 from client.gathering import Folder, Gathered, gather, nothing_usable
 from client.identity import Identity
 from client.image import IGNORED
+from client.optout import optout
 from client.records import Entry
+from client.secret import read_secret
 from client.site_config import SiteConfig
-from client.warnings_of import warnings_of
 from common.errors import DataError
 
 Progress = Callable[[str, int, int], None]
@@ -63,26 +66,32 @@ def take_in(config: SiteConfig, progress: Progress) -> Intake:
         DataError: images or labels cannot be taken at their word.
         CacheError: the cache cannot be written.
     """
-    identity = config.identity
-    opted_out = config.opted_out
-    catalogue = Catalogue(
-        config.cache, identity, config.preset, config.image_size, config.toml.compute.threads, opted_out
-    )
+    identity, opted_out = Identity(read_secret(config.secret)), optout(config)
+    catalogue = _catalogue(config, identity, opted_out)
     folder = Folder(config.images, config.labels, config.rules)
     gathered = gather(
         folder, catalogue, identity, config.preset, opted_out, lambda done, total: progress("images", done, total)
     )
+    if gathered.excluded:
+        erasure.erase(config.cache, set(), set(gathered.excluded))
     return _decided(config, gathered, catalogue, identity)
 
 
+def _catalogue(config: SiteConfig, identity: Identity, opted_out: frozenset[bytes]) -> Catalogue:
+    workers = config.toml.compute.threads
+    return Catalogue(config.cache, identity, config.preset, config.image_size, workers, opted_out)
+
+
 def _decided(config: SiteConfig, gathered: Gathered, catalogue: Catalogue, identity: Identity) -> Intake:
-    places = gathered.usable
+    codes = list(gathered.codes)
+    for place in gathered.usable[gathered.nobody[gathered.usable]].tolist():
+        codes[place] = "placeholder_patient"
+    places = np.flatnonzero([not code for code in codes])
     patients = [gathered.patients[i] or identity.image(gathered.entries[i].digest) for i in places.tolist()]
     given = gathered.said(gathered.labelled.splits, places) if gathered.labelled and len(places) else []
     splits, moved = _splits(given, patients)
     entries = [gathered.entries[place] for place in places.tolist()]
     exact, near = _copies(entries, splits)
-    codes = list(gathered.codes)
     for place in places[exact | near].tolist():
         codes[place] = "duplicate_in_other_split"
     kept = ~(exact | near)
@@ -97,7 +106,7 @@ def _decided(config: SiteConfig, gathered: Gathered, catalogue: Catalogue, ident
         moved=moved,
         copies=len(entries) - len({entry.digest for entry in entries}),
         near=int((near & ~exact).sum()),
-        stop=_stop(config, gathered, len(places)),
+        stop=_stop(config, gathered, codes, len(places)),
     )
 
 
@@ -124,18 +133,18 @@ def _copies(entries: Sequence[Entry], splits: NDArray[np.int8]) -> tuple[NDArray
     return splitting.straddling(splits, digests, pixels), splitting.nearly_straddling(splits, hashes, thumbs)
 
 
-def _stop(config: SiteConfig, gathered: Gathered, usable: int) -> str:
+def _stop(config: SiteConfig, gathered: Gathered, codes: Sequence[str], usable: int) -> str:
     """Return why the data may not be used as they are."""
-    nobody = sum(code == "placeholder_patient" for code in gathered.codes)
+    nobody = sum(code == "placeholder_patient" for code in codes)
     wait = config.toml.data.placeholder_patients == "stop"
     if nobody and (not usable or (wait and nobody >= STOP_SHARE * (usable + nobody))):
+        other = ', or leave these images out ([data] placeholder_patients = "quarantine")' if usable else ""
         return (
-            f"{nobody} of {usable + nobody} images have a PatientID that is blank or stands for nobody (such as ANON or 0)."
+            f"{nobody} of {usable + nobody} images have a PatientID that is blank or stands for nobody (such as ANON)."
             " Taken at their word they would be one patient, and patients decide the splits. Name the column of the"
-            " label table that tells patients apart ([data] patient)"
-            + (', or leave these images out ([data] placeholder_patients = "quarantine")' if usable else "")
+            f" label table that tells patients apart ([data] patient){other}"
         )
-    return "" if usable else nothing_usable(gathered, config.images)
+    return "" if usable else nothing_usable(gathered, config.images, codes)
 
 
 def cohort(config: SiteConfig, progress: Progress) -> Cohort:
@@ -218,7 +227,7 @@ def examine(config: SiteConfig, progress: Progress) -> Findings:
         confounding=tuple(item for item in confounded if item[2] >= NOTABLE),
         near_duplicates=intake.near,
         duplicates=intake.copies,
-        warnings=warnings_of(intake, headers, present, confounded),
+        warnings=cautions(intake, headers, present, confounded),
         seconds=time.monotonic() - begin,
         from_cache=gathered.from_cache,
         sheet=sheet,
@@ -325,27 +334,21 @@ def _files(intake: Intake) -> tuple[FileFinding, ...]:
     return tuple(sorted(findings, key=lambda finding: finding.path))
 
 
-@dataclass(frozen=True)
-class Forgotten:
-    """What was deleted because patients were taken out."""
-
-    images: int  # preprocessed images
-    features: int  # rows of features made from them
-    files: int  # records of files
-
-
-def forget(config: SiteConfig, persons: set[bytes]) -> Forgotten:
+def forget(config: SiteConfig, persons: set[bytes]) -> Erased:
     """Delete what is kept of the images of these persons, whatever preprocessing or trunk it was made for.
 
     Args:
-        config: the site.
+        config: the site; the persons are on its opt-out list already.
         persons: digests of `Identity.person`.
 
     Raises:
+        DataError: the label table, which may name these patients, cannot be taken at its word.
         CacheError: the cache cannot be written.
     """
-    return Forgotten(*erasure.erase(config.cache, persons, _persons_of_table(config)))
-
-
-def _persons_of_table(config: SiteConfig) -> Callable[[Sequence[Entry]], Sequence[bytes]] | None:
-    return None
+    identity = Identity(read_secret(config.secret))
+    named: set[bytes] = set()
+    folder = Folder(config.images, config.labels, config.rules)
+    if folder.table is not None and config.images.is_dir():
+        catalogue = _catalogue(config, identity, frozenset(persons))
+        named = set(gather(folder, catalogue, identity, config.preset, frozenset(persons), unread=False).excluded)
+    return erasure.erase(config.cache, persons, named)

@@ -1,32 +1,19 @@
-"""Which files of a data folder are examples, and what is said about each: `manifest.csv`, or one subfolder a class.
+"""Which files of a data folder could be images; nothing is opened, and each file has one outcome.
 
-Messages name line numbers and column names, never a path below the folder or the content of a cell.
+Messages never name a path below the folder.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import dataclass
 from pathlib import Path
 
-from client.image import Unreadable
 from common.errors import DataError
 
 MANIFEST = "manifest.csv"
-COLUMNS = ("path", "label", "patient", "site", "split")
 SPLIT_WORDS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
-IGNORED = {
-    "hidden": "its name, or its folder's, begins with a dot",
-    "other_suffix": "its name ends like something else than an image, or it is a DICOMDIR",
-}
-"""Why a file is passed over without being opened: code -> meaning."""
-
 _OTHER_SUFFIXES = frozenset(
     {
         *("csv", "tsv", "txt", "md", "rst", "log", "json", "jsonl", "xml", "html", "htm", "css", "js", "ipynb"),
@@ -40,27 +27,6 @@ _OTHER_SUFFIXES = frozenset(
     }
 )
 """Endings of what is certainly neither DICOM nor a picture; any other file is judged by its content."""
-_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z _]{0,30}")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One example as the folder describes it."""
-
-    path: Path  # resolved, inside the folder, a regular file
-    label: str
-    patient: str | None = None
-    site: str | None = None
-    split: str | None = None  # of cohort.SPLITS
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The examples of a folder in their order, and how many files are none."""
-
-    entries: tuple[Entry, ...]
-    quarantine: Mapping[str, int]  # image.CODES -> files
-    ignored: Mapping[str, int]  # IGNORED -> files
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,155 +39,6 @@ class Found:
     paths: tuple[str, ...]  # could be images
     quarantine: Mapping[str, str]  # path -> image.CODES: outside_root, missing, no_access
     ignored: Mapping[str, str]  # path -> IGNORED
-
-
-@dataclass(frozen=True)
-class _Row:
-    line: int
-    cells: Mapping[str, str]
-
-    def cell(self, column: str) -> str | None:
-        return self.cells.get(column) or None
-
-
-def list_folder(root: Path) -> Listing:
-    """Return what a data folder holds, without opening an image.
-
-    Raises:
-        DataError: no such folder, or a manifest that cannot be taken at its word.
-    """
-    if not root.is_dir():
-        raise DataError(f"{root}: expected a folder with {MANIFEST}, or with one subfolder a class")
-    root = root.resolve()
-    if (root / MANIFEST).is_file():
-        rows = _read_manifest(root / MANIFEST)
-        return Listing(*_judge(root, rows), ignored={})
-    return _list_classes(root)
-
-
-def _read_manifest(path: Path) -> list[_Row]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{MANIFEST}: expected UTF-8 text - save it as 'CSV UTF-8'") from None
-    lines = _cells(text)
-    header = [name.lower() for name in next(lines, (0, []))[1]]
-    _check_columns(header)
-    rows = [_row(line, header, cells) for line, cells in lines if any(cells)]
-    for column in ("site", "split"):
-        _check_filled(rows, column)
-    return rows
-
-
-def _cells(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield line number and trimmed cells; the delimiter is the commoner of `,` and `;` in the header."""
-    first = text.partition("\n")[0]
-    delimiter = ";" if first.count(";") > first.count(",") else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    try:
-        for cells in reader:
-            yield reader.line_num, [cell.strip() for cell in cells]
-    except csv.Error:
-        raise DataError(f"{MANIFEST} line {reader.line_num}: not CSV - check the quotes") from None
-
-
-def _check_columns(header: list[str]) -> None:
-    found = ", ".join(name if _PLAIN_NAME.fullmatch(name) else "(another)" for name in header) or "nothing"
-    if "path" not in header or "label" not in header:
-        raise DataError(f"{MANIFEST}: expected columns path,label (and patient,site,split), found {found}")
-    if any(header.count(column) > 1 for column in COLUMNS):
-        raise DataError(f"{MANIFEST}: expected each column once, found {found}")
-    for name in header:
-        near = get_close_matches(name, COLUMNS, n=1, cutoff=0.8)
-        if near and name not in COLUMNS:  # taken for an extra column, a misspelt 'patient' would leak test patients
-            raise DataError(f"{MANIFEST}: column {name!r} is not read - rename it to {near[0]!r}, or remove it")
-
-
-def _row(line: int, header: list[str], cells: list[str]) -> _Row:
-    if any(cells[len(header) :]):
-        raise DataError(f"{MANIFEST} line {line}: {len(cells)} cells, expected {len(header)} - quote cells with commas")
-    row = _Row(line, {name: cell for name, cell in zip(header, cells, strict=False) if name in COLUMNS})
-    row = replace(row, cells={**row.cells, "path": (row.cell("path") or "").replace("\\", "/")})  # from Windows
-    split = row.cell("split")
-    if split is not None and split.lower() not in SPLIT_WORDS:
-        raise DataError(f"{MANIFEST} line {line}: split must be train, val, validation or test")
-    return row
-
-
-def _check_filled(rows: list[_Row], column: str) -> None:
-    blank = [row.line for row in rows if row.cell(column) is None]
-    if blank and len(blank) < len(rows):
-        raise DataError(
-            f"{MANIFEST}: column {column} is blank in {len(blank)} of {len(rows)} rows, first in line {blank[0]}"
-            " - fill it everywhere or nowhere"
-        )
-
-
-def _judge(root: Path, rows: list[_Row]) -> tuple[tuple[Entry, ...], Mapping[str, int]]:
-    """Split rows into examples and quarantine; each file is counted once, however often it is listed."""
-    entries: dict[Path, Entry] = {}
-    lines: dict[Path, int] = {}
-    refused: dict[Path, str] = {}
-    nowhere: dict[str, str] = {}  # by the name in the manifest, for there is no file
-    for row in rows:
-        try:
-            entry = _entry(root, row)
-        except Unreadable as error:
-            nowhere[row.cell("path") or ""] = error.code
-            continue
-        known = entries.setdefault(entry.path, entry)
-        first = lines.setdefault(entry.path, row.line)
-        if not entry.label:
-            refused[entry.path] = "no_label"
-        elif known.label != entry.label:
-            refused.setdefault(entry.path, "label_conflict")
-        elif known != entry:
-            raise DataError(f"{MANIFEST} lines {first} and {row.line}: one file with two patients, sites or splits")
-    kept = tuple(entry for path, entry in entries.items() if path not in refused)
-    return kept, Counter([*refused.values(), *nowhere.values()])
-
-
-def _entry(root: Path, row: _Row) -> Entry:
-    split = row.cell("split")
-    return Entry(
-        path=_locate(root, row.cell("path") or ""),
-        label=row.cell("label") or "",
-        patient=row.cell("patient"),
-        site=row.cell("site"),
-        split=None if split is None else SPLIT_WORDS[split.lower()],
-    )
-
-
-def _locate(root: Path, name: str) -> Path:
-    """Return the file of that name below the root, links followed.
-
-    Raises:
-        Unreadable: `outside_root` or `missing`.
-    """
-    if name.startswith("/"):
-        raise Unreadable("outside_root")
-    try:
-        path = (root / name).resolve()
-        inside, is_file = path.is_relative_to(root), path.is_file()
-    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, a loop of links
-        raise Unreadable("missing") from None
-    if not inside:
-        raise Unreadable("outside_root")
-    if not is_file:
-        raise Unreadable("missing")
-    return path
-
-
-def _list_classes(root: Path) -> Listing:
-    found = list_files(root)
-    rows = [
-        _Row(number, {"path": name, "label": name.partition("/")[0] if "/" in name else ""})
-        for number, name in enumerate(found.paths)
-    ]
-    entries, quarantine = _judge(root, rows)
-    check_class_names({entry.label for entry in entries})
-    counted = Counter(quarantine) + Counter(found.quarantine.values())
-    return Listing(entries, counted, Counter(found.ignored.values()))
 
 
 def check_class_names(names: set[str]) -> None:
@@ -294,8 +111,9 @@ def _ignored(path: str) -> str | None:
         return "hidden"
     name = path.rpartition("/")[2]
     stem, _, suffix = name.rpartition(".")
-    is_other = (stem and suffix.lower() in _OTHER_SUFFIXES) or name.upper() == "DICOMDIR"
-    return "other_suffix" if is_other else None
+    if name.upper() == "DICOMDIR":
+        return "directory"
+    return "other_suffix" if stem and suffix.lower() in _OTHER_SUFFIXES else None
 
 
 def _refused(top: str, entry: os.DirEntry[str]) -> str | None:

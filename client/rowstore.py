@@ -189,3 +189,13 @@ def _overwrite(file: IO[bytes], places: list[int], size: int) -> None:
         file.write(bytes(size))
     file.flush()
     os.fsync(file.fileno())
+
+
+def open_as_bytes(folder: Path) -> RowStore | None:
+    """Return a store whose kind of row is not known, its rows as bytes; None where there is none, or an empty one."""
+    index, rows = folder / "index.bin", folder / "rows.bin"
+    if not (index.is_file() and rows.is_file()):
+        return None
+    records = index.stat().st_size // _RECORD.itemsize
+    size = rows.stat().st_size // records if records else 0
+    return RowStore(folder, np.dtype(("u1", (size,))), verify=False) if size else None

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from client.labels import Rules
 from client.pacs_config import DicomWeb
-from client.preprocessing import PRESETS, Preset
+from client.presets import PRESETS, Preset
 from common.errors import ConfigError
 from common.strict import Section, read_toml, validated
 
@@ -141,6 +141,11 @@ class SiteConfig:
     def optout(self) -> Path:
         """The list of patients who are not to be used."""
         return self.state / "optout"
+
+    @property
+    def cache(self) -> Path:
+        """The folder of everything that can be made again: records of files, images, features."""
+        return self.state / "cache"
 
     @property
     def audit(self) -> Path:

@@ -1,7 +1,7 @@
 """Training, validation and test of one site: by patient, by a keyed hash, so that nothing moves when data grow.
 
-Where the same image, or nearly, lies under two patients of different splits, the split that has precedence keeps it: test
-before validation before training. The other copy is left out, so that no patient ever changes the split.
+Where the same image, or nearly, lies under two patients of different splits, the split that has precedence keeps it:
+test before validation before training. The other copy is left out, so that no patient ever changes the split.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ VALIDATION_FROM, TEST_FROM = 0.70, 0.85
 
 
 def split_of(patient: bytes) -> int:
-    """Return the split of a patient: 70/15/15 by the first 64 bits of the keyed digest, read as a share of 1.
+    r"""Return the split of a patient: 70/15/15 by the first 64 bits of the keyed digest, read as a share of 1.
 
     Examples:
-        >>> split_of(bytes(32)), split_of(b"\\xff" * 32)
+        >>> split_of(bytes(32)), split_of(b"\xff" * 32)
         (0, 2)
     """
     share = int.from_bytes(patient[:8], "big") / 2**64
