@@ -41,7 +41,7 @@ def backoff(tries: int) -> float:
 
     The chance keeps sites that were cut off together from coming back together.
     """
-    longest = min(_LAST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (tries - 1))
+    longest = min(_LAST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(tries - 1, 10))
     return longest * random.uniform(0.5, 1.0)
 
 
