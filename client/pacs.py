@@ -80,7 +80,7 @@ def pull(config: DicomWeb, base: Path, folder: Path, identity: Identity, progres
             job.run(wanted, progress or _no_progress)
     except Gone:
         raise ConsiliumError(
-            f"{config.url}: no answer to {web.GONE_AFTER} requests in a row, each tried {config.retries + 1} times;"
+            f"{config.url}: no answer to {web.GONE_AFTER} requests in a row, with {config.retries} retries each;"
             f" {_on_disk(folder)} - check network, url and proxy of [data.dicomweb] if it never answered"
         ) from None
     except OSError as error:
