@@ -24,6 +24,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from client.identity import tidy
 from client.multipart import Malformed, Truncated, boundary_of, only_part
 from client.pacing import Pace, backoff, retry_after
 from client.pacs_answers import Failed, Gone, Missing, Rejected, TryAgain
@@ -79,7 +80,7 @@ class Server:
         self._silent = 0
 
     def studies(self, accession: str) -> list[str]:
-        """Return the StudyInstanceUIDs of an order.
+        """Return the StudyInstanceUIDs of an order, whose AccessionNumber is tidy.
 
         Servers that ignore a search key they do not know answer with all they have; only what shows the very
         AccessionNumber is believed.
@@ -90,7 +91,7 @@ class Server:
                 limit=_PAGE, offset=offset, fields=["AccessionNumber"], search_filters={"AccessionNumber": accession}
             )
 
-        return self._all(page, _STUDY, lambda found: _value(found, _ACCESSION) == accession)
+        return self._all(page, _STUDY, lambda found: tidy(_value(found, _ACCESSION)) == accession)
 
     def series(self, study: str) -> list[str]:
         """Return the SeriesInstanceUIDs of a study."""
@@ -221,6 +222,9 @@ class _Session(requests.Session):
         Raises:
             Rejected: it is longer than `most` bytes.
         """
+        declared = response.headers.get("Content-Length", "")
+        if declared.isdecimal() and int(declared[:20]) > most:
+            raise Rejected
         total, then, since = 0, time.monotonic(), 0
         while True:
             with _translated(self._config.url):
@@ -348,7 +352,7 @@ class _Watched(HTTPConnection):
     """A connection whose status line and headers must be here within the timeout, however slowly they trickle."""
 
     def getresponse(self) -> Any:  # urllib3's response, which http.client knows nothing of
-        watchdog = threading.Timer(self.timeout or 0, _hang_up, [self.sock])
+        watchdog = threading.Timer(self.timeout or 0.0, _hang_up, [self.sock])
         watchdog.daemon = True
         watchdog.start()
         try:

@@ -59,6 +59,10 @@ class Quiet(ThreadingHTTPServer):
         """The client hung up, as it should."""
 
 
+class Quiet6(Quiet):
+    address_family = socket.AF_INET6
+
+
 class Desk:
     """A server's address, what it was asked, and the client that asks."""
 
@@ -318,6 +322,27 @@ def test_an_endless_body_is_rejected_at_the_cap() -> None:
     with serve(endless) as desk, discreet(), pytest.raises(Rejected):
         desk.client(max_file_mb=3).retrieve(STUDY, SERIES, INSTANCE, save)
     assert 2 << 20 < sum(seen) <= 3 << 20
+
+
+def test_a_body_announced_as_too_long_is_not_even_read() -> None:
+    with serve(raw(HEAD + b"Content-Length: 3000001\r\n\r\n--b\r\n\r\n", *[b"x"] * 50, every=0.1)) as desk:
+        began = time.monotonic()
+        with pytest.raises(Rejected):
+            fetch(desk.client(max_file_mb=2))
+        assert time.monotonic() - began < 1
+
+
+def test_an_address_may_be_ipv6() -> None:
+    try:
+        server = Quiet6(("::1", 0), type("Bound", (Handler,), {"answers": [search(), instance()], "asked": []}))
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    with server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        client = Desk(0, []).client(url=f"http://[::1]:{server.server_address[1]}/dicom-web")
+        assert client.series(STUDY) == []
+        assert fetch(client) == DICOM
+        server.shutdown()
 
 
 def test_an_endless_search_fails(monkeypatch: pytest.MonkeyPatch) -> None:
