@@ -197,7 +197,7 @@ class _Session(requests.Session):
         self.verify = str(ca_certificate)
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """Return None: a redirect is an answer, not an order."""
+        """Return None, so that no redirect is followed: it is an answer, not an order."""
 
     def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
         """Send one request; only an answer that can be used comes back, read to its end unless it is to be streamed."""
@@ -205,7 +205,7 @@ class _Session(requests.Session):
         request.headers.pop("Host", None)  # dicomweb-client leaves the port out
         stream = options.get("stream")
         with _translated(self._config.url):
-            response = super().send(request, **{**options, "stream": True, "allow_redirects": False})
+            response = super().send(request, **{**options, "stream": True})
         try:
             self._judge(response)
             if not stream:

@@ -189,6 +189,15 @@ def test_one_connection_serves_many_requests() -> None:
     assert len(peers) == 1
 
 
+def test_every_request_keeps_the_pace() -> None:
+    with serve(search(), status(503), instance()) as desk:
+        server = desk.client(requests_per_second=0.25)
+        server.series(STUDY)
+        assert fetch(server) == DICOM
+    waits = [seconds for seconds in desk.slept if seconds > 1]  # a clock that stands still next to these four seconds
+    assert waits == [pytest.approx(4, abs=1), pytest.approx(8, abs=1)]
+
+
 @pytest.mark.parametrize("code", [429, 500, 502, 503, 504])
 def test_a_busy_server_is_asked_again(code: int) -> None:
     with serve(status(code), status(code, Retry_After="17"), instance()) as desk:

@@ -285,6 +285,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(place: Place, m
     assert len(place.files()) == 3  # an image, the record and the lock
 
 
+def test_images_are_on_the_disk_before_the_record_says_so(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(stat.S_ISDIR(os.fstat(handle).st_mode)))
+    place.pull(A)
+    assert synced == [False, False, False, True, False]  # three images, their folder, the record
+
+
 def test_an_interrupted_pull_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
 

@@ -47,8 +47,8 @@ ROOT = Path(__file__).parents[1]
 URL = "http://127.0.0.1:8042/dicom-web"
 IDENTITY = Identity(b"s" * 32)
 
-PULL = """
-import json, logging, resource, sys
+PULL = r"""
+import json, logging, re, sys
 from pathlib import Path
 import client.dicomweb  # pydicom's plugins tell on being imported, which is no matter of ours
 logging.basicConfig(level=logging.DEBUG)
@@ -62,7 +62,7 @@ try:
     pulled = pull(DicomWeb(**json.loads(sys.argv[2])), base, base / "pacs", Identity(b"s" * 32), report)
 except ConsiliumError as error:
     sys.exit(f"consilium: {error}")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])  # ru_maxrss is the parent's too
 print(json.dumps({**pulled.__dict__, "peak": peak}))
 """
 ASK = """
