@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from socket import SHUT_RDWR, socket
 from typing import Any, NoReturn, TypeVar
@@ -139,7 +140,7 @@ class Server:
         uids: dict[str, None] = {}
         offset = 0
         while offset < _MOST_RESULTS:
-            results = self._patiently(lambda start=offset: _results(page, start))  # type: ignore[misc]
+            results = self._patiently(partial(_results, page, offset))
             new = {_value(found, tag): None for found in results if wanted(found)}
             if not new.keys() - uids.keys():  # the end, or a server that knows no offset
                 return [uid for uid in uids if uid]
@@ -267,7 +268,7 @@ def _results(page: Callable[[int], Any], offset: int) -> list[Mapping[str, Any]]
     """Return one page of a search."""
     try:
         results = page(offset)
-    except (ValueError, TypeError, AttributeError, RecursionError):  # not JSON, or another's
+    except (Rejected, ValueError, TypeError, AttributeError, RecursionError):  # too long, no JSON, or another's
         raise Failed from None
     if not isinstance(results, list) or not all(isinstance(found, Mapping) for found in results):
         raise Failed
