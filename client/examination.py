@@ -53,7 +53,9 @@ def pull(config: SiteConfig, progress: Progress) -> Pulled:
     source = config.toml.data.dicomweb
     if source is None:
         raise ConfigError(f"{config.path.name}: no [data.dicomweb], so there is nothing to pull from")
-    pulled = pacs.pull(source, config.path.parent, config.images, identity, progress)
+    pulled = pacs.pull(
+        source, config.path.parent, config.images, identity, lambda done, total: progress("studies", done, total)
+    )
     counts = {name: value for name, value in dataclasses.asdict(pulled).items() if type(value) is int}
     audit.append(config.audit, "pull", counts)
     return pulled
