@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client import views
+from client.augmentation import Augmentation
+from client.augmentation import keys as keys_of
 from client.cohort import Cohort
 from client.folding import folded
 from client.rowstore import RowStore
-from client.views import Augmentation
 from common.backbone import InputSpec, Trunk
 from common.errors import CacheError
 
@@ -72,7 +73,7 @@ class Extractor:
 
     def missing(self, cohort: Cohort, view: int) -> NDArray[np.int64]:
         """Return the indices of the examples whose features of one view are not on disk, one for each digest."""
-        keys = views.keys(cohort.digests, view, self.augmentation)
+        keys = keys_of(cohort.digests, view, self.augmentation)
         absent = np.flatnonzero(self.store.find(keys) < 0)
         first = {key.tobytes(): index for index, key in zip(absent[::-1], keys[absent][::-1], strict=True)}
         return np.sort(np.fromiter(first.values(), np.int64, len(first)))
@@ -98,7 +99,7 @@ class Extractor:
             for view, indices in work:
                 for part in _parts(indices, FLUSH_ROWS):
                     rows = self._extract(pool, trunk, cohort, part, view)
-                    self.store.append(views.keys(cohort.digests[part], view, self.augmentation), rows)
+                    self.store.append(keys_of(cohort.digests[part], view, self.augmentation), rows)
                     done += len(part)
                     if progress:
                         progress(done, total)
@@ -135,7 +136,7 @@ class Extractor:
         Raises:
             CacheError: `fill` was not run for this cohort, or a row was damaged since.
         """
-        places = np.stack([self.store.find(views.keys(cohort.digests, v, self.augmentation)) for v in range(count)])
+        places = np.stack([self.store.find(keys_of(cohort.digests, v, self.augmentation)) for v in range(count)])
         if (places < 0).any():
             raise CacheError("features are missing from the cache; run again to complete it")
         return Features.of(self.store, places, self.device)

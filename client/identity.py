@@ -58,6 +58,10 @@ class Identity:
         """Return the 32-byte digest of IssuerOfPatientID and PatientID: it decides the patient's split."""
         return self._digest("patient", f"{tidy(issuer)}|{tidy(patient)}")
 
+    def image(self, digest: bytes) -> bytes:
+        """Return the 32-byte digest that stands for the patient of an image that names none."""
+        return self._digest("image", digest.hex())
+
     def person(self, patient: str) -> bytes:
         """Return the 16-byte digest of a PatientID without issuer, case and leading zeros: what an opt-out names."""
         return self._digest("person", loosely(patient))[:16]

@@ -1,9 +1,10 @@
-"""One decoded image, whatever file it came from, and the closed list of reasons why there is none."""
+"""One decoded image, whatever file it came from, and the closed lists of reasons why there is none."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -18,23 +19,50 @@ CODES = {
     "missing": "no regular file of that name",
     "outside_root": "the path leads out of the data folder",
     "no_label": "no label is given for it",
-    "label_conflict": "listed with two labels",
+    "label_conflict": "labelled in two ways",
     "no_access": "the file may not be read",
     "empty": "the file has no bytes",
     "not_an_image": "neither PNG, JPEG, TIFF nor DICOM",
-    "no_pixels": "a DICOM object without an image",
+    "no_pixels": "an image object whose pixel data are absent",
     "unsupported_syntax": "a DICOM compression that no installed decoder reads",
-    "unsupported_image": "a pixel format that is not read, or an object that is no picture (dose, segmentation)",
-    "too_large": "more than MAX_BYTES once decoded",
+    "unsupported_image": "a pixel format that is not read",
+    "too_large": "larger than the limits on a file, a frame or the memory of a decoder",
     "damaged": "cut short, or its content contradicts itself",
     "bad_values": "pixel values that are not finite, or beyond MAX_VALUE",
+    "timeout": "its decoder did not end in time",
+    "crashed": "its decoder died",
     "kind_differs": "grey among colour images, or the reverse",
+    "placeholder_patient": "a PatientID that is blank or stands for nobody",
+    "duplicate_in_other_split": "the same image, or nearly, is in the split that has precedence",
 }
 """Why a file is in quarantine: code -> meaning. Closed: counts of these are all that is told of unusable files."""
 
-MAX_BYTES = 512 * 2**20  # all frames, decoded; judged by the header, before anything is decoded
+IGNORED = {
+    "hidden": "its name, or its folder's, begins with a dot",
+    "other_suffix": "neither its name nor its content is that of an image",
+    "directory": "a DICOMDIR",
+    "report": "a structured report",
+    "key_objects": "a key object selection",
+    "presentation_state": "a presentation state",
+    "radiotherapy": "a radiotherapy object: structure set, plan, dose, record",
+    "segmentation": "a segmentation or a surface",
+    "waveform": "a waveform, such as an ECG or a sound",
+    "document": "an encapsulated document",
+    "registration": "a registration, fiducials or a measurement",
+    "raw_data": "raw data or spectroscopy",
+    "other_object": "another DICOM object that is no image",
+    "opted_out": "of a patient who was taken out",
+}
+"""Why a file is passed over: code -> meaning. Nothing is wrong with it."""
+
+MAX_FILE_BYTES = 4 * 2**30
+MAX_FRAME_BYTES = 256 * 2**20  # decoded; judged by the header, before anything is decoded
+MAX_INFLATED_BYTES = 512 * 2**20  # of a deflated data set
 MAX_VALUE = 1e12  # pictures are far below it, and float32 arithmetic on it cannot overflow
 GREY_SPREAD = 8.0  # mean of max - min over the channels, in levels of 255, below which colour is a tint
+
+KEY_KINDS = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "AccessionNumber")
+"""What a DICOM file can be named by; `path` names any file."""
 
 
 class Unreadable(ConsiliumError):
@@ -51,48 +79,86 @@ class Unreadable(ConsiliumError):
         self.code = code
 
 
+class Ignored(ConsiliumError):
+    """A file is no image, and nothing is wrong with it.
+
+    Args:
+        code: a key of `IGNORED`; the message is the code and nothing else.
+    """
+
+    def __init__(self, code: str) -> None:
+        if code not in IGNORED:
+            raise ValueError(f"code {code!r} is not in IGNORED")
+        super().__init__(code)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself, in words of closed lists and keyed digests: it holds no text of the file."""
+
+    syntax: str = ""  # of client.vocabulary.PICTURE_FORMATS, or a value of SYNTAXES
+    modality: str = ""  # of client.vocabulary.MODALITIES, `other` for another word; empty: none given
+    view: str = ""  # of client.vocabulary.VIEWS, likewise
+    vendor: str = ""  # of client.vocabulary.VENDORS, likewise
+    device: bytes = b""  # Identity.device of Manufacturer, ManufacturerModelName, StationName, DeviceSerialNumber
+    month: int = 0  # YYYYMM of the study; 0: unknown
+    burned_in: Literal["", "yes", "no"] = ""  # BurnedInAnnotation
+    intent: Literal["", "presentation", "processing"] = ""  # PresentationIntentType
+    patient: bytes = b""  # Identity.patient, 32 bytes; empty: no PatientID, or a placeholder
+    person: bytes = b""  # Identity.person, 16 bytes, likewise
+    keys: Mapping[str, bytes] = field(default_factory=dict)  # of KEY_KINDS -> Identity.key, 16 bytes
+    loose_accession: bytes = b""  # Identity.loose_key of AccessionNumber
+    rows: int = 0
+    columns: int = 0
+    frames: int = 1
+
+
 @dataclass(frozen=True)
 class Decoded:
     """The pixel values of one image, and what is needed to show them.
 
-    Dark is low in every image: MONOCHROME1 has been inverted.
+    Grey values of at most 16 bits are kept as stored (signed ones are shifted by half their range, so that none is
+    negative), with a table of what each stands for; whatever is done to single values is done to the table. Dark is
+    low in what the table says: MONOCHROME1 has been inverted there.
     """
 
-    pixels: NDArray[np.uint8] | NDArray[np.float32]  # (H, W) or (H, W, 3); uint8, or deeper as float32, NaN = padding
-    window: tuple[float, float] | None = None  # the file's own display range, in units of `pixels`
-    hounsfield: bool = False  # `pixels` are Hounsfield units
-    patient: bytes | None = None  # SHA-256 of issuer|PatientID, 32 bytes; None where unknown
+    pixels: NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]  # (H, W), or (H, W, 3) uint8
+    table: NDArray[np.float32] | None = None  # (n,), n above every pixel, NaN = padding; None: the values themselves
+    window: tuple[float, float] | None = None  # the file's own display range, in units of the table
+    hounsfield: bool = False  # the table is in Hounsfield units
+    region: tuple[int, int, int, int] | None = None  # top, left, bottom, right of an ultrasound region, exclusive ends
+    pixel_sha256: bytes = b""  # of the stored values of frame 0, C order, little endian, before any table
 
     @property
     def kind(self) -> Kind:
         """Return whether the image is grey or colour."""
         return "grey" if self.pixels.ndim == 2 else "colour"
 
-    @property
-    def sha256(self) -> bytes:
-        """Return the 32-byte digest that, with a preprocessing id, decides the preprocessed image.
 
-        It covers dtype, shape, window, unit and values: equal for the same picture in PNG, TIFF and DICOM.
-        """
-        return image_digest(self.pixels, self.window, self.hounsfield)
+def identity_of(image: Decoded, pixels_digest: bytes) -> bytes:
+    """Return the 32-byte digest that, with a preprocessing id, decides the preprocessed image.
+
+    Args:
+        image: what was decoded.
+        pixels_digest: SHA-256 of the stored values of the frame that is shown, before they were shifted or converted.
+    """
+    facts = (image.pixels.dtype.str, image.pixels.shape, image.window, image.hounsfield, image.region)
+    digest = hashlib.sha256(pixels_digest + f"{facts}\n".encode())
+    if image.table is not None:
+        digest.update(np.ascontiguousarray(image.table, "<f4").data)
+    return digest.digest()
 
 
-def image_digest(
-    pixels: NDArray[np.uint8] | NDArray[np.float32],
-    window: tuple[float, float] | None = None,
-    hounsfield: bool = False,
-) -> bytes:
-    """Return the SHA-256 of a decoded image: one header line, then the values, C order, little endian.
+def values_digest(values: NDArray[np.generic]) -> bytes:
+    """Return the SHA-256 of values in C order, little endian.
 
     Examples:
-        >>> image_digest(np.zeros((2, 2), np.uint8)).hex()[:8]
-        '79be3147'
+        >>> big, little = np.array([1, 2], ">u2"), np.array([1, 2], "<u2")
+        >>> values_digest(big) == values_digest(little) == hashlib.sha256(bytes([1, 0, 2, 0])).digest()
+        True
     """
-    little = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("<"))
-    header = f"{little.dtype.str}|{little.shape}|{window}|{hounsfield}\n"
-    digest = hashlib.sha256(header.encode())
-    digest.update(little.data)
-    return digest.digest()
+    return hashlib.sha256(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data).digest()
 
 
 def without_colour(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -6,7 +6,8 @@ and rows reach the disk before their records do, so a process killed at any poin
 than it could be and never wrong. A row whose bytes no longer match its CRC is left out when the store is opened
 and is written anew by whoever asks for it.
 
-Readers map `rows.bin`; a row is never changed in place. One writer at a time, held by a lock on `index.bin`.
+Readers map `rows.bin`; a row is never changed in place, but rows of patients who were taken out are overwritten with
+zeros, and then their records. One writer at a time, held by a lock on `index.bin`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class RowStore:
         folder: where the two files are, made if absent.
         row: the dtype of one row (a structured or sub-array dtype); a store holds one dtype for life, so the
             folder's name must depend on everything that decides it.
+        verify: whether rows are checked when the store is opened; else their records alone are, and large stores open
+            fast.
 
     Raises:
         CacheError: the folder cannot be written.
@@ -49,9 +52,10 @@ class RowStore:
         (array([0]), array([[1., 2., 3.]], dtype=float16))
     """
 
-    def __init__(self, folder: Path, row: np.dtype[Any]) -> None:
+    def __init__(self, folder: Path, row: np.dtype[Any], *, verify: bool = True) -> None:
         self.folder = folder
         self.row = row
+        self._verify = verify
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("rows.bin", "index.bin"):
@@ -95,6 +99,31 @@ class RowStore:
         except OSError as error:
             raise CacheError(f"the cache in {self.folder} cannot be written ({error.strerror})") from None
 
+    def remove(self, keys: NDArray[np.void]) -> int:
+        """Overwrite the rows under these keys with zeros, and then their records; return how many there were.
+
+        A process killed in between leaves keys that can still be found, so the call can be made again.
+
+        Raises:
+            CacheError: the disk is not writable.
+        """
+        try:
+            with self._writing() as (row_file, index_file):
+                self._refresh()
+                places = [place for place in self.find(keys).tolist() if place >= 0]
+                _overwrite(row_file, places, self.row.itemsize)
+                _overwrite(index_file, places, _RECORD.itemsize)
+        except OSError as error:
+            raise CacheError(f"the cache in {self.folder} cannot be written ({error.strerror})") from None
+        for key in keys:
+            self._places.pop(key.tobytes(), None)
+        return len(places)
+
+    def keys(self) -> NDArray[np.void]:
+        """Return the keys that can be found, in the order of their rows."""
+        by_place = sorted((place, key) for key, place in self._places.items())
+        return np.frombuffer(b"".join(key for _, key in by_place), f"V{KEY_BYTES}")
+
     def _write(self, row_file: IO[bytes], index_file: IO[bytes], keys: NDArray[np.void], rows: NDArray[Any]) -> None:
         size = self.row.itemsize
         payload = np.ascontiguousarray(rows, dtype=self.row.base).view(np.uint8).reshape(len(rows), size)
@@ -131,12 +160,11 @@ class RowStore:
         rows = self._bytes()
         for offset, (record, raw) in enumerate(zip(records, _record_bytes(records), strict=True)):
             place = self._records + offset
-            if (
-                zlib.crc32(raw[:_CHECKED_BYTES].tobytes()) == record["record_crc"]
-                and zlib.crc32(rows[place].tobytes()) == record["row_crc"]
+            if zlib.crc32(raw[:_CHECKED_BYTES].tobytes()) == record["record_crc"] and (
+                not self._verify or zlib.crc32(rows[place].tobytes()) == record["row_crc"]
             ):
                 self._places[record["key"].tobytes()] = place
-            else:
+            elif raw.any():  # zeros: taken out
                 self.damaged += 1
         self._records += len(records)
 
@@ -153,3 +181,21 @@ class RowStore:
 
 def _record_bytes(records: NDArray[np.void]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(records).view(np.uint8).reshape(len(records), _RECORD.itemsize)
+
+
+def _overwrite(file: IO[bytes], places: list[int], size: int) -> None:
+    for place in places:
+        file.seek(place * size)
+        file.write(bytes(size))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def open_as_bytes(folder: Path) -> RowStore | None:
+    """Return a store whose kind of row is not known, its rows as bytes; None where there is none, or an empty one."""
+    index, rows = folder / "index.bin", folder / "rows.bin"
+    if not (index.is_file() and rows.is_file()):
+        return None
+    records = index.stat().st_size // _RECORD.itemsize
+    size = rows.stat().st_size // records if records else 0
+    return RowStore(folder, np.dtype(("u1", (size,))), verify=False) if size else None

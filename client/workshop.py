@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from client.augmentation import Augmentation
 from client.cohort import Cohort
 from client.features import Extractor
-from client.preprocessing import PRESETS
-from client.views import Augmentation
+from client.presets import PRESETS
 from common import checkpoint, codec, model
 from common.backbone import Upper
 from common.codec import Shapes

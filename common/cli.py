@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from difflib import get_close_matches
 
 import click
 
@@ -12,7 +13,23 @@ from common.errors import ConsiliumError
 GROUP = "consilium.commands"
 
 
-class Commands(click.Group):
+class Group(click.Group):
+    """A group that answers a misspelt command with the nearest one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the arguments begin with."""
+        name = args[0]
+        if not ctx.resilient_parsing and not name.startswith("-") and self.get_command(ctx, name) is None:
+            known = self.list_commands(ctx)
+            close = get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Expected one of {', '.join(known)}."
+            raise click.UsageError(f"No such command {name!r}. {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+class Commands(Group):
     """A group whose commands are the installed entry points of `consilium.commands`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
@@ -53,5 +70,6 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"consilium: {message}", err=True)
+    shown = "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in message)
+    click.echo(f"consilium: {shown}", err=True)  # what a file's key or name holds must not steer a terminal
     return code

@@ -35,6 +35,8 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where}: not TOML ({error})") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: not TOML of any use (nested too deeply)") from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:

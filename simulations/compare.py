@@ -53,10 +53,10 @@ import server.evaluation
 import server.federation
 import server.state
 from client.app import make_app as make_client_app
+from client.augmentation import Augmentation
 from client.cohort import Cohort
 from client.features import Extractor
-from client.preprocessing import PRESETS
-from client.views import Augmentation
+from client.presets import PRESETS
 from client.workshop import Workshop, threads
 from common import model
 from common.errors import ConfigError, ConsiliumError

@@ -28,9 +28,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.catalogue import Catalogue, Progress
 from client.cohort import Cohort, PixelSource
-from client.folder import Progress, read_folder
-from client.preprocessing import ColourPolicy, Preset, preprocess_array, preprocessing_id
+from client.gathering import Folder, gather, nothing_usable
+from client.identity import Identity
+from client.labels import Rules
+from client.preprocessing import preprocess_array, preprocessing_id
+from client.presets import ColourPolicy, Preset
+from client.secret import make_secret, read_secret
 from common.errors import ConfigError, ConsiliumError, DataError, unknown_value
 from simulations import annotation, phantoms
 from simulations.annotation import AS_USUAL, Policy
@@ -110,6 +115,7 @@ class _Pool:
     splits: NDArray[np.int8] | None = None
     quarantine: Mapping[str, int] = field(default_factory=dict)
     ignored: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def load(
@@ -152,7 +158,8 @@ def load(
     elif base in catalogue and (not side or f"url{side}" in catalogue[base]):
         pool = _medmnist_pool(base, side, catalogue[base], data_root, shown, policy)
     elif path.is_dir():
-        pool = _folder_pool(path, preset, image_size, cache, progress, None)
+        rules = Rules(uncertain=policy.uncertain, blank=policy.blank)
+        pool = _folder_pool(path, preset, image_size, cache, progress, None, rules)
     elif path.is_file():
         pool = _npz_pool(path, shown, None, policy)
     else:
@@ -185,7 +192,7 @@ def _dataset(name: str, pool: _Pool, preprocessing: str, seed: int) -> Dataset:
     natural = None if pool.sites is None else tuple(str(site) for site in pool.sites[made.keep])
     cohort = whole if made.keep.all() else replace(whole.subset(np.flatnonzero(made.keep)), quarantine=pool.quarantine)
     notices = annotation.notices(pool.labels, pool.label_names, pool.sites) if several else []
-    return Dataset(name, cohort, natural, made.dropped, pool.ignored, (*made.warnings, *notices))
+    return Dataset(name, cohort, natural, made.dropped, pool.ignored, (*pool.warnings, *made.warnings, *notices))
 
 
 def _phantoms(cache: Path, sites: int, seed: int, progress: Progress | None) -> Path:
@@ -521,21 +528,46 @@ def _digests(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _folder_pool(
-    root: Path, preset: Preset, image_size: int, cache: Path, progress: Progress | None, names: tuple[str, ...] | None
+    root: Path,
+    preset: Preset,
+    image_size: int,
+    cache: Path,
+    progress: Progress | None,
+    names: tuple[str, ...] | None,
+    rules: Rules | None = None,
 ) -> _Pool:
-    index = read_folder(root, preset, image_size, cache, progress)
-    labels, label_names = _named(np.asarray(index.labels, dtype=np.str_))
-    if names is not None:
-        labels, label_names = np.array([names.index(name) for name in label_names], dtype=np.int64)[labels], names
+    """Read a folder as a hospital would; images that name no patient are patients of their own."""
+    identity = Identity(_secret(cache))
+    catalogue = Catalogue(cache, identity, preset, image_size)
+    gathered = gather(Folder(root, None, rules or Rules()), catalogue, identity, preset, progress=progress)
+    places, labelled = gathered.usable, gathered.labelled
+    if labelled is None or not len(places):
+        raise DataError(nothing_usable(gathered, root))
+    labels, label_names = gathered.labels(places), labelled.label_names
+    if names is not None and labels.ndim == 1:
+        labels, label_names = np.array([names.index(name) for name in label_names], np.int64)[labels], names
+    digests = gathered.digests(places)
+    quarantine, ignored = gathered.counts()
+    sites, splits = (gathered.said(column, places) for column in (labelled.sites, labelled.splits))
     return _Pool(
-        source=index.source,
-        rows=index.rows,
-        digests=index.digests,
+        source=catalogue.source(gathered.kind),
+        rows=catalogue.places(gathered.kind, digests),
+        digests=digests,
         labels=labels,
         label_names=label_names,
-        patients=_patient_numbers(index.patients),
-        sites=None if index.sites is None else _site_names(np.asarray(index.sites)),
-        splits=None if index.splits is None else _split_numbers(np.asarray(index.splits)),
-        quarantine=index.quarantine,
-        ignored=index.ignored,
+        patients=_patient_numbers([gathered.patients[place] for place in places.tolist()]),
+        sites=None if None in sites else _site_names(np.asarray(sites)),
+        splits=None if None in splits else _split_numbers(np.asarray(splits)),
+        quarantine=dict(sorted(quarantine.items())),
+        ignored=dict(sorted(ignored.items())),
+        warnings=tuple(message for _, message in labelled.warnings),
     )
+
+
+def _secret(cache: Path) -> bytes:
+    """Return the secret that digests in this cache are made with; it is made at the first use."""
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / "secret"
+    with contextlib.suppress(FileExistsError):
+        make_secret(path)
+    return read_secret(path)

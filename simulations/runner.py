@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from client.app import make_app as make_client_app
+from client.augmentation import Augmentation
 from client.cohort import Cohort
 from client.features import Extractor
-from client.preprocessing import PRESETS, Preset
+from client.presets import PRESETS, Preset
 from client.training import base_lr
-from client.views import Augmentation
 from client.workshop import Workshop, choose_device
 from common import checkpoint, model
 from common.errors import CheckpointError, ConfigError, ConsiliumError, UsageError, unknown_value

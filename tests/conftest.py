@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 
 from client.app import make_app as make_client_app
 from client.cohort import Cohort
+from client.findings import FileFinding, Findings, Warned
 from client.workshop import Workshop
 from common import checkpoint, model
 from common.model import Built
@@ -231,3 +232,54 @@ def outcome(lab: Lab) -> Outcome:
 def grid_identity() -> None:
     """Let messages be made: a grid of the process sets what Flower's messages read."""
     InProcessGrid(ClientApp(), [])
+
+
+@pytest.fixture(scope="session")
+def findings() -> Callable[..., Any]:
+    """Return a maker of what an examination found at one hospital; what is given wins."""
+
+    def make(**changes: Any) -> Findings:
+        images = np.random.default_rng(3).integers(0, 256, (9, 1, SIDE, SIDE), np.uint8)
+        values: dict[str, Any] = {
+            "site": "st-anna",
+            "examples": {"train": 700, "validation": 150, "test": 151},
+            "patients": 812,
+            "labels": {
+                "train": {"normal": 500, "pneumonia": 200},
+                "validation": {"normal": 100, "pneumonia": 50},
+                "test": {"normal": 101, "pneumonia": 50},
+            },
+            "quarantine": {"damaged": 2, "no_pixels": 11},
+            "ignored": {"report": 40, "hidden": 1},
+            "modalities": {"DX": 900, "CR": 101},
+            "views": {"PA": 800, "AP": 201},
+            "devices": {"GE 3f2a": 700, "Siemens 91bc": 301},
+            "transfer_syntaxes": {"JPEG 2000": 900, "Explicit VR Little Endian": 101},
+            "months": (201903, 202411),
+            "burned_in": {"yes": 3, "no": 900, "unknown": 98},
+            "files_without_label": 7,
+            "rows_without_file": 5,
+            "rows": 1013,
+            "key": "SOPInstanceUID",
+            "decode": {"JPEG 2000": (900, 45.0), "Explicit VR Little Endian": (101, 0.6)},
+            "confounding": (("pneumonia", "device", 0.31, 1001), ("pneumonia", "view", 0.72, 1001)),
+            "near_duplicates": 4,
+            "duplicates": 6,
+            "warnings": (Warned("confounding", "view tells pneumonia"), Warned("burned_in", "3 images hold text")),
+            "manifest_sha256": "ab" * 32,
+            "preprocessing_id": "0123456789abcdef",
+            "preset": "chest-xray",
+            "image_size": 224,
+            "seconds": 61.2,
+            "from_cache": 12,
+            "sheet": images,
+            "sheet_labels": ("normal", "pneumonia") * 4 + ("normal",),
+            "files": (
+                FileFinding("a/1.dcm", "accepted", pixel_sha256="cd" * 32),
+                FileFinding("a/2.dcm", "quarantined", "damaged"),
+                FileFinding("b/report.dcm", "ignored", "report"),
+            ),
+        }
+        return Findings(**{**values, **changes})
+
+    return make

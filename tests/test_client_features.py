@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from client import features as features_module
 from client import views
+from client.augmentation import Augmentation, keys
 from client.cohort import Cohort
 from client.features import BATCH, Extractor, Features
 from client.folding import folded
-from client.preprocessing import PRESETS
+from client.presets import PRESETS
 from client.rowstore import RowStore
-from client.views import Augmentation
 from common import checkpoint, model
 from common.backbone import Layout, Trunk
 from common.errors import CacheError
@@ -106,8 +106,8 @@ def seen(built: Built) -> Iterator[list[bytes]]:
 
 def rows_of(extractor: Extractor, cohort: Cohort, count: int) -> np.ndarray:
     """(views, N, D) as float16, straight from the store."""
-    keys = np.stack([views.keys(cohort.digests, view, extractor.augmentation) for view in range(count)])
-    places = extractor.store.find(keys.reshape(-1))
+    found = np.stack([keys(cohort.digests, view, extractor.augmentation) for view in range(count)])
+    places = extractor.store.find(found.reshape(-1))
     assert (places >= 0).all()
     return extractor.store.take(places).reshape(count, len(cohort), -1)
 

@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from client.image import Decoded
-from client.preprocessing import (
-    PRESETS,
-    Preset,
-    kind_shown,
-    letterbox,
-    preprocess,
-    preprocess_array,
-    preprocessing_id,
-    shown,
-)
+from client.preprocessing import letterbox, preprocess, preprocess_array, preprocessing_id, shown
+from client.presets import CHEST_CT, MAMMOGRAPHY, PRESETS, ULTRASOUND, Preset
 from common.errors import DataError
 
 GENERIC = PRESETS["generic"]
@@ -28,7 +20,8 @@ GENERIC = PRESETS["generic"]
 
 def test_presets_are_the_promised_ones() -> None:
     assert set(PRESETS) == {
-        *("generic", "chest-xray", "ct", "mammography", "brain-mri", "dermoscopy", "ultrasound", "phantom")
+        *("generic", "chest-xray", "ct", "chest-ct", "mammography", "brain-mri", "dermoscopy", "ultrasound", "fundus"),
+        "phantom",
     }
     assert not PRESETS["chest-xray"].flip
     assert (GENERIC.image_size, PRESETS["phantom"].image_size, PRESETS["mammography"].image_size) == (224, 128, 512)
@@ -41,16 +34,20 @@ def test_id_names_pixel_deciding_fields_and_no_others() -> None:
     assert preprocessing_id(replace(same, image_size=99), 224) == base
     others = [
         preprocessing_id(GENERIC, 128),
-        preprocessing_id(replace(GENERIC, hu_window=(40.0, 400.0)), 224),
+        preprocessing_id(replace(GENERIC, hu_windows=((40.0, 400.0),)), 224),
         preprocessing_id(replace(GENERIC, percentiles=(1.0, 99.0)), 224),
         preprocessing_id(replace(GENERIC, colour="grey"), 224),
+        preprocessing_id(replace(GENERIC, crop="region"), 224),
+        preprocessing_id(replace(GENERIC, frame="first"), 224),
+        preprocessing_id(replace(GENERIC, side=True), 224),
+        preprocessing_id(replace(GENERIC, foreground=True), 224),
     ]
-    assert len({base, *others}) == 5
+    assert len({base, *others}) == 9
 
 
 def test_id_is_pinned() -> None:
     """Change it only with VERSION: sites compare it, and caches are named after it."""
-    assert preprocessing_id(GENERIC, 224) == "58b62feb8d3e8ea0"
+    assert preprocessing_id(GENERIC, 224) == "6f9bb3cc40c9c3f8"
 
 
 images = hnp.arrays(
@@ -161,6 +158,66 @@ def test_eight_bits_without_window_are_left_as_they_are() -> None:
 
 def test_kinds() -> None:
     grey, colour = Decoded(np.zeros((2, 2), np.uint8)), Decoded(np.zeros((2, 2, 3), np.uint8))
-    assert [kind_shown(image, GENERIC) for image in (grey, colour)] == ["grey", "colour"]
-    assert [kind_shown(image, PRESETS["ultrasound"]) for image in (grey, colour)] == ["grey", "grey"]
+    assert [len(preprocess(image, GENERIC, 4)) for image in (grey, colour)] == [1, 3]
+    assert [len(preprocess(image, PRESETS["ultrasound"], 4)) for image in (grey, colour)] == [1, 1]
     assert preprocess(grey, PRESETS["dermoscopy"], 4).shape == (3, 4, 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    pixels=hnp.arrays(np.uint16, (9, 11), elements=st.integers(0, 255)),
+    table=hnp.arrays(np.float32, 256, elements=st.floats(-3000, 3000, width=32)),
+    low=st.floats(-500, 500),
+    width=st.floats(0.5, 900),
+)
+def test_a_table_shows_what_its_values_show(pixels: np.ndarray, table: np.ndarray, low: float, width: float) -> None:
+    by_table = shown(Decoded(pixels, table, (low, low + width)), GENERIC)
+    np.testing.assert_array_equal(by_table, shown(Decoded(table[pixels], window=(low, low + width)), GENERIC))
+
+
+def test_three_windows_are_three_channels_of_hounsfield_units_alone() -> None:
+    units = np.array([[-1350.0, -600.0, 0.0, 40.0, 80.0, 240.0]], np.float32)
+    out = shown(Decoded(units, hounsfield=True), CHEST_CT)
+    np.testing.assert_array_equal(out[0, :, 0], [0, 0, 102, 128, 153, 255])  # 40/400: -160 to 240
+    np.testing.assert_array_equal(out[0, :, 1], [0, 128, 230, 236, 243, 255])  # -600/1500: -1350 to 150
+    np.testing.assert_array_equal(out[0, :, 2], [0, 0, 0, 128, 255, 255])  # 40/80: 0 to 80
+    assert preprocess(Decoded(units, window=(0.0, 80.0)), CHEST_CT, 8).shape == (3, 8, 8)
+
+
+def test_the_air_around_a_head_does_not_decide_its_contrast() -> None:
+    head = np.random.default_rng(0).integers(400, 800, (20, 20)).astype(np.uint16)
+    shots = []
+    for air in (4, 40):
+        picture = np.zeros((20 + 2 * air, 20 + 2 * air), np.uint16)
+        picture[air:-air, air:-air] = head
+        shots.append(shown(Decoded(picture), PRESETS["brain-mri"])[air:-air, air:-air])
+    np.testing.assert_array_equal(*shots)
+    assert shots[0].std() > 60
+
+
+def test_a_breast_is_cropped_and_faces_right_whichever_side_it_is() -> None:
+    picture = np.zeros((200, 300), np.uint8)
+    y, x = np.ogrid[:200, :300]
+    picture[(y - 100) ** 2 + x**2 < 80**2] = 180
+    picture[5:12, 260:290] = 255  # a marker
+    left = preprocess(Decoded(picture), MAMMOGRAPHY, 64)
+    np.testing.assert_array_equal(left, preprocess(Decoded(picture[:, ::-1]), MAMMOGRAPHY, 64))
+    assert left.max() < 200  # no marker
+    rows = np.flatnonzero(left[0].any(axis=1))
+    assert rows[0] <= 3 and rows[-1] >= 60
+
+
+def test_only_the_region_of_an_ultrasound_image_is_shown() -> None:
+    picture = np.full((60, 80), 40, np.uint8)
+    picture[:10] = 255  # text
+    image = Decoded(picture, region=(10, 0, 60, 80))
+    assert preprocess(image, ULTRASOUND, 32).max() == 40
+    assert preprocess(image, GENERIC, 32).max() > 200
+
+
+@settings(max_examples=30, deadline=None)
+@given(preset=st.sampled_from(sorted(PRESETS)), pixels=images)
+def test_every_preset_takes_every_picture(preset: str, pixels: np.ndarray) -> None:
+    out = preprocess(Decoded(pixels), PRESETS[preset], 24)
+    assert out.dtype == np.uint8 and out.shape[1:] == (24, 24)
+    np.testing.assert_array_equal(out, preprocess(Decoded(pixels.copy()), PRESETS[preset], 24))

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.rowstore import RowStore
+from client.rowstore import RowStore, open_as_bytes
 from common.errors import CacheError
 
 PLAIN = np.dtype(("<f2", (3,)))
@@ -185,7 +185,7 @@ def test_zeros_behind_the_index_are_no_rows(tmp_path: Path) -> None:
         with (tmp_path / name).open("ab") as file:
             file.write(bytes(2 * size))
     store = RowStore(tmp_path, PLAIN)
-    assert store.damaged == 2
+    assert len(store) == 1
     assert holds(store, 1)
     store.append(keys_of(2), rows_of(PLAIN, 2))
     assert holds(RowStore(tmp_path, PLAIN), 1, 2)
@@ -291,3 +291,37 @@ def test_a_read_only_folder_is_a_cache_error(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir(mode=0o500)
     with pytest.raises(CacheError, match="cannot be written"):
         RowStore(tmp_path / "store", PLAIN)
+
+
+def test_what_is_taken_out_is_overwritten_and_can_be_added_anew(tmp_path: Path) -> None:
+    filled(tmp_path, PLAIN, (1, 2, 3))
+    before = (tmp_path / "rows.bin").read_bytes()
+    store = RowStore(tmp_path, PLAIN)
+    assert store.remove(keys_of(2, 9)) == 1
+    after = (tmp_path / "rows.bin").read_bytes()
+    size = PLAIN.itemsize
+    assert after[size : 2 * size] == bytes(size)
+    assert (after[:size], after[2 * size :]) == (before[:size], before[2 * size :])
+    again = RowStore(tmp_path, PLAIN)
+    assert holds(again, 1, 3) and len(again) == 2 and again.damaged == 0
+    again.append(keys_of(2), rows_of(PLAIN, 2))
+    assert holds(RowStore(tmp_path, PLAIN), 1, 2, 3)
+
+
+def test_a_removal_that_was_cut_short_can_be_repeated(tmp_path: Path) -> None:
+    filled(tmp_path, PLAIN, (1, 2))
+    content = bytearray((tmp_path / "rows.bin").read_bytes())
+    content[: PLAIN.itemsize] = bytes(PLAIN.itemsize)  # the row is gone, its record is not
+    (tmp_path / "rows.bin").write_bytes(content)
+    store = RowStore(tmp_path, PLAIN, verify=False)
+    assert store.remove(keys_of(1)) == 1
+    assert len(RowStore(tmp_path, PLAIN)) == 1
+
+
+def test_a_store_is_opened_without_knowing_its_rows(tmp_path: Path) -> None:
+    assert open_as_bytes(tmp_path / "none") is None
+    filled(tmp_path, PLAIN, (1, 2))
+    store = open_as_bytes(tmp_path)
+    assert store is not None and len(store) == 2 and store.row.itemsize == PLAIN.itemsize
+    assert store.remove(keys_of(1)) == 1
+    assert holds(RowStore(tmp_path, PLAIN), 2)

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.preprocessing import PRESETS
-from client.views import Augmentation, augment, keys, normalise
+from client.augmentation import Augmentation, keys
+from client.presets import PRESETS
+from client.views import augment, normalise
 from common.backbone import InputSpec
 
 torch.set_num_threads(1)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from client import evaluation
+from client.augmentation import Augmentation
 from client.features import Extractor
-from client.preprocessing import PRESETS
-from client.views import Augmentation
+from client.presets import PRESETS
 from client.workshop import Workshop
 from common import checkpoint, metrics, model
 from common.errors import QuorumLost

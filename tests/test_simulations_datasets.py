@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from client.preprocessing import PRESETS, preprocess_array, preprocessing_id
+from client.preprocessing import preprocess_array, preprocessing_id
+from client.presets import PRESETS
 from common.errors import ConfigError, ConsiliumError, DataError
 from simulations import datasets, phantoms
 from simulations.annotation import Policy

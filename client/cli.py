@@ -1,0 +1,242 @@
+"""`consilium site`: one hospital's own data. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from common.cli import Group
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from client.findings import Findings
+
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+_INCOMPLETE = 3  # exit code: completed in part
+_SITE_TOML = click.Path(path_type=Path)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout.")
+quiet = click.option("--quiet", is_flag=True, help="No progress.")
+site_option = click.option(
+    "--site", "path", type=_SITE_TOML, default="site.toml", metavar="FILE", help="The site's site.toml [./site.toml]."
+)
+
+
+@click.group(cls=Group, context_settings=_SETTINGS)
+def site() -> None:
+    """Look after one hospital's own data; nothing of them leaves this machine.
+
+    \b
+    Example:
+      consilium site init radiology --images /data/chest --labels /data/chest.csv
+      consilium site check radiology/site.toml
+    """  # noqa: D301  click wants the backspace itself
+
+
+@site.command(context_settings=_SETTINGS)
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--name", metavar="NAME", help="The site's name in the federation [the folder's].")
+@click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the images.")
+@click.option("--labels", type=click.Path(path_type=Path), metavar="FILE", help="CSV file of the labels.")
+@as_json
+def init(folder: Path, name: str | None, images: Path | None, labels: Path | None, as_json: bool) -> int:
+    """Make the folder of a new site: site.toml, and state/ with the site's secret.
+
+    \b
+    Example:
+      consilium site init radiology --name st-anna --images /data/chest --labels /data/chest.csv
+
+    Overwrites nothing. Exit code: 0 done, 2 wrong use, or a site is there already.
+    """  # noqa: D301
+    from client import founding
+
+    made = founding.found(folder, name, images, labels)
+    if as_json:
+        _print_json({"site": made.site, "config": str(made.config), "state": str(made.state)})
+        return 0
+    config = _path(made.config)
+    click.echo(f"site {made.site}: {config}")
+    first = "" if images else f"name the folder of the images in {config}, then "
+    click.echo(f"Next: {first}consilium site check {config}")
+    click.echo(f"Keep a backup of {_path(made.state / 'secret')}, readable by nobody else: it cannot be made again.")
+    return 0
+
+
+@site.command(context_settings=_SETTINGS)
+@click.argument("path", metavar="SITE.TOML", type=_SITE_TOML)
+@click.option("--files", is_flag=True, help="Name every file that is not in use (with --json: every file).")
+@click.option("--offline", is_flag=True, help="Do not ask the PACS; take what was pulled before.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Another copy of the HTML page.")
+@as_json
+@quiet
+def check(path: Path, files: bool, offline: bool, output: Path | None, as_json: bool, quiet: bool) -> int:
+    """Examine the site's data: what can be used, what not and why, and what to do about it.
+
+    \b
+    Example:
+      consilium site check radiology/site.toml
+      consilium site check radiology/site.toml --files --json > check.json
+
+    Writes check.json and check.html (with images of patients: for the eyes of this site only) into the site's state.
+    Exit code: 0 done, 1 failed, 2 wrong configuration, or the data may not be used as they are.
+    """  # noqa: D301
+    from client import examination
+    from client.site_config import read_site
+    from common.errors import DataError
+    from common.progress import Reporter
+
+    config = read_site(path)
+    examination.ready(config, output)
+    with Reporter(quiet=quiet) as reporter:
+        if config.toml.data.dicomweb is not None and not offline:
+            pulled = examination.pull(config, reporter)
+            if getattr(pulled, "failed", 0):
+                reporter.note("warning: some images did not come from the PACS; `consilium site pull` tries them again")
+        found = examination.examine(config, reporter)
+    page = examination.write(config, found, output)
+    if as_json:
+        from client.report.document import document
+
+        _print_json(document(found, files=files))
+    else:
+        _show(found, page, files)
+    if found.stop:
+        raise DataError(found.stop)
+    return 0
+
+
+@site.command(context_settings=_SETTINGS)
+@click.argument("path", metavar="SITE.TOML", type=_SITE_TOML)
+@as_json
+@quiet
+def pull(path: Path, as_json: bool, quiet: bool) -> int:
+    """Pull from the PACS what [data.dicomweb] asks for and is not here yet.
+
+    \b
+    Example:
+      consilium site pull radiology/site.toml
+
+    Exit code: 0 done, 1 failed, 2 wrong configuration, 3 some images did not come: run it again.
+    """  # noqa: D301
+    import dataclasses
+
+    from client import examination
+    from client.site_config import read_site
+    from common.errors import ConfigError
+    from common.progress import Reporter
+
+    config = read_site(path)
+    if config.toml.data.dicomweb is None:
+        raise ConfigError(f"{path}: no [data.dicomweb], so there is nothing to pull from")
+    examination.ready(config, None)
+    with Reporter(quiet=quiet) as reporter:
+        pulled = dataclasses.asdict(examination.pull(config, reporter))
+    if as_json:
+        _print_json(pulled)
+    else:
+        _table("Pulled from the PACS", pulled)
+    return _INCOMPLETE if pulled.get("failed") else 0
+
+
+@site.command(context_settings=_SETTINGS)
+@click.argument("patients", metavar="PATIENTS.csv", type=click.Path(path_type=Path))
+@site_option
+@click.option("--column", metavar="NAME", help="Column of the PatientIDs [PatientID, patient, or the only one].")
+@as_json
+def forget(patients: Path, path: Path, column: str | None, as_json: bool) -> int:
+    """Take patients out: they are never used again, and what was kept of their images is deleted.
+
+    \b
+    Example:
+      consilium site forget withdrawn.csv --site radiology/site.toml
+
+    The hospital's own files stay. PATIENTS.csv may be deleted afterwards: the site keeps keyed digests only. If it is
+    interrupted, run it again. Exit code: 0 done, 1 failed, 2 wrong use.
+    """  # noqa: D301
+    from client import examination
+    from client.site_config import read_site
+
+    forgotten = examination.forget(read_site(path), patients, column)
+    if as_json:
+        _print_json(forgotten)
+    else:
+        _table("Taken out", forgotten)
+        if not forgotten["images"]:
+            click.echo(
+                "Nothing was kept of their images. If some should have been, compare how the PatientIDs are written."
+            )
+        click.echo("Copies of check.html made with --output may still show their images: delete those.")
+    return 0
+
+
+@site.group(cls=Group, context_settings=_SETTINGS)
+def audit() -> None:
+    """Look at the trail of what was done with the site's data.
+
+    \b
+    Example:
+      consilium site audit verify --site radiology/site.toml
+    """  # noqa: D301
+
+
+@audit.command(context_settings=_SETTINGS)
+@site_option
+@as_json
+def verify(path: Path, as_json: bool) -> int:
+    """Check that no line of the audit trail was changed, moved or taken out.
+
+    \b
+    Example:
+      consilium site audit verify --site radiology/site.toml
+
+    Prints the hash of the last line: noted elsewhere, it shows later that the end was not cut off either.
+    Exit code: 0 it holds, 1 it does not, 2 wrong use.
+    """  # noqa: D301
+    from client import audit as trail
+    from client.site_config import read_site
+
+    entries = trail.read(read_site(path).audit)
+    torn = sum(entry.event == "torn_line" for entry in entries)
+    last = entries[-1].sha256 if entries else trail.START
+    if as_json:
+        _print_json({"entries": len(entries), "torn_lines": torn, "sha256": last})
+    else:
+        click.echo(f"holds: {len(entries)} entries, of which {torn} record a line torn by a crash; last {last}")
+    return 0
+
+
+def _show(found: Findings, page: Path, files: bool) -> None:
+    from client.report import terminal
+
+    terminal.show(found, _path(page), _console(), files=files)
+
+
+def _table(title: str, values: dict[str, Any]) -> None:
+    from client.report import terminal
+
+    terminal.pairs(title, {name: str(value) for name, value in values.items()}, _console())
+
+
+def _console() -> Console:
+    """Return the terminal; a letter that it cannot show is written as a code, and stops nothing."""
+    from rich.console import Console
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console()
+
+
+def _path(path: Path) -> str:
+    from client.report.wording import encodable, visible
+
+    return visible(encodable(str(path)))
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, allow_nan=False))

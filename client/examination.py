@@ -1,0 +1,129 @@
+"""What `consilium site` does, in the order in which a crash does least harm; each step ends in the audit trail."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from client import audit, intake, optout
+from client.findings import Findings
+from client.identity import Identity
+from client.report.document import document
+from client.report.page import render
+from client.secret import read_secret
+from client.site_config import SiteConfig
+from common.errors import ConfigError, ConsiliumError, UsageError
+from common.files import write_atomic
+
+if TYPE_CHECKING:
+    from client.pacs import Pulled  # may need an extra that is not installed
+
+PAGE = "check.html"
+DOCUMENT = "check.json"
+PRIVATE = 0o600
+
+Progress = Callable[[str, int, int], None]
+
+
+def ready(config: SiteConfig, output: Path | None) -> Identity:
+    """Return the site's identity, having looked at all that would stop a long examination at its end.
+
+    Raises:
+        ConfigError: there is no state, or its secret is missing or open to others.
+        UsageError: the page cannot be written where it shall be.
+    """
+    if not config.state.is_dir():
+        raise ConfigError(f"{config.state}: there is no such folder; make a site with `consilium site init DIR`")
+    if not os.access(config.state, os.W_OK | os.X_OK):
+        raise ConfigError(f"{config.state}: cannot be written; run the command as the user whose site it is")
+    if output is not None and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK | os.X_OK)):
+        raise UsageError(f"--output: {output} cannot be written; name a file in a folder that exists")
+    return Identity(read_secret(config.secret))
+
+
+def pull(config: SiteConfig, progress: Progress) -> Pulled:
+    """Pull what is missing from the PACS into the folder of the images."""
+    from client import pacs
+
+    identity = ready(config, None)
+    source = config.toml.data.dicomweb
+    if source is None:
+        raise ConfigError(f"{config.path.name}: no [data.dicomweb], so there is nothing to pull from")
+    pulled = pacs.pull(
+        source, config.path.parent, config.images, identity, lambda done, total: progress("studies", done, total)
+    )
+    counts = {name: value for name, value in dataclasses.asdict(pulled).items() if type(value) is int}
+    audit.append(config.audit, "pull", counts)
+    return pulled
+
+
+def examine(config: SiteConfig, progress: Progress) -> Findings:
+    """Examine the site's data and record that it was done."""
+    found = intake.examine(config, progress)
+    digests = {"manifest_sha256": found.manifest_sha256, "preprocessing_id": found.preprocessing_id}
+    audit.append(
+        config.audit,
+        "check",
+        {
+            **{name: digest for name, digest in digests.items() if digest},
+            "accepted": sum(found.examples.values()),
+            "patients": found.patients,
+            "quarantine": dict(found.quarantine),
+            "ignored": dict(found.ignored),
+            "stopped": int(bool(found.stop)),
+        },
+    )
+    return found
+
+
+def write(config: SiteConfig, found: Findings, output: Path | None) -> Path:
+    """Write `check.json` and `check.html` for their owner's eyes, and return where the page is to be looked at.
+
+    Raises:
+        ConsiliumError: they cannot be written.
+    """
+    page = render(found).encode()
+    try:
+        text = json.dumps(document(found), indent=1, allow_nan=False)
+        write_atomic(config.state / DOCUMENT, f"{text}\n".encode(), mode=PRIVATE)
+        for path in (config.state / PAGE, output):
+            if path is not None:
+                write_atomic(path, page, mode=PRIVATE)
+    except OSError as error:
+        raise ConsiliumError(f"the report cannot be written ({error.strerror}); see {config.state}") from None
+    return output or config.state / PAGE
+
+
+def forget(config: SiteConfig, patients: Path, column: str | None = None) -> dict[str, int]:
+    """Take out the patients that a CSV file names, and return counts.
+
+    First the list, so that no later examination takes them in whatever happens; then the page, which may show their
+    images; then what is kept of them. After a crash, the same again finishes it.
+
+    Raises:
+        ConfigError: there is no state, or its secret is missing or open to others.
+        DataError: the file cannot be read or names nobody.
+        ConsiliumError: something cannot be deleted or written.
+    """
+    identity = ready(config, None)
+    persons = optout.persons(patients, identity, column)
+    new = optout.take_out(config, persons)
+    try:
+        for name in (PAGE, DOCUMENT):
+            (config.state / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConsiliumError(f"{config.state}: the last report cannot be deleted ({error.strerror})") from None
+    gone = intake.forget(config, set(persons))
+    counts = {
+        "persons": len(persons),
+        "new": new,
+        "images": gone.images,
+        "features": gone.features,
+        "files": gone.files,
+    }
+    audit.append(config.audit, "forget", counts)
+    return counts

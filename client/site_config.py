@@ -1,0 +1,222 @@
+"""`site.toml`: what one hospital says of itself. Local facts: nothing of it is ever sent.
+
+Paths are relative to the folder of the file. Limits refuse, they never clamp.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+
+from client.labels import Rules
+from client.pacs_config import DicomWeb
+from client.presets import PRESETS, Preset
+from common.errors import ConfigError
+from common.strict import Section, read_toml, validated
+
+NAME = "site.toml"
+"""What the file is called when nothing else is said."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+def _words(value: Any) -> Any:
+    """Return one word or a list of them as texts: TOML's `positive = 1` means the word `1`."""
+    values = value if isinstance(value, list) else [value]
+    if all(isinstance(word, str | int) for word in values):
+        return tuple(str(int(word)) if isinstance(word, bool) else str(word) for word in values)
+    return value  # pydantic says what is wrong
+
+
+def _place(value: str) -> str:
+    """Refuse what no file system has in a name, before it ends in an error that names nothing."""
+    if any(character < " " for character in value):
+        raise ValueError("expected a path without control characters")
+    return value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_words), Field(strict=False)]
+Place = Annotated[str, AfterValidator(_place)]
+
+
+class SiteSection(Section):
+    """Who the site is, and where it keeps what it knows."""
+
+    name: str  # in the federation
+    state: Place = "state"  # folder for secret, index, caches, audit trail; made if absent
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError("expected 1 to 63 letters, digits, '.', '_' or '-', the first a letter or a digit")
+        return value
+
+
+class DataSection(Section):
+    """Where the images and their labels are."""
+
+    images: Place = ""  # folder; empty: what is pulled from the PACS
+    labels: Place = ""  # CSV file; empty: manifest.csv in the folder, or one subfolder a class
+    key: str = "auto"  # column that names the image, or what it holds: path, SOPInstanceUID, ..., AccessionNumber
+    label: Words = ()  # column of words, or several columns of 1/0/-1/blank; empty: found by itself
+    positive: Words = ()  # words of the one column that mean yes
+    uncertain: Literal["ignore", "zeros", "ones", "soft"] = "ignore"  # what -1 means
+    blank: Literal["zeros", "ignore"] = "zeros"  # what an empty cell means among several columns
+    patient: str | None = None  # column to take in place of PatientID
+    split: str | None = None  # column with train, validation, test; None: one called split, else the site's own
+    words: dict[str, str] = Field(
+        default_factory=dict
+    )  # local word or column -> the federation's label; empty text: leave out
+    placeholder_patients: Literal["stop", "quarantine"] = "stop"  # images of PatientIDs that stand for nobody
+    preset: str = "generic"  # a name of client.preprocessing.PRESETS
+    image_size: int | None = Field(default=None, ge=16, le=2048)  # pixels, square; None: the preset's
+    dicomweb: DicomWeb | None = None
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(f"got {value!r}, expected one of {', '.join(PRESETS)}")
+        return value
+
+
+class PolicySection(Section):
+    """Limits on what a coordinator may ask: none in this version, so none can be written."""
+
+
+class CoordinatorSection(Section):
+    """Where the coordinator is, and the keys to speak with it."""
+
+    address: str = ""  # host:port
+    ca_certificate: Place = ""  # PEM file
+    private_key: Place = ""  # file, for the eyes of its owner only
+
+
+class ComputeSection(Section):
+    """What the site computes with."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1, le=1024)  # processes that decode; None: one a core
+
+
+class SiteToml(Section):
+    """The whole file."""
+
+    site: SiteSection
+    data: DataSection = DataSection()
+    policy: PolicySection = PolicySection()
+    coordinator: CoordinatorSection = CoordinatorSection()
+    compute: ComputeSection = ComputeSection()
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """A site's configuration with its paths resolved."""
+
+    path: Path  # of site.toml
+    toml: SiteToml
+
+    @property
+    def name(self) -> str:
+        """The site's name in the federation."""
+        return self.toml.site.name
+
+    @property
+    def state(self) -> Path:
+        """The folder of everything that the site keeps."""
+        return self._resolved(self.toml.site.state)
+
+    @property
+    def secret(self) -> Path:
+        """The file of the secret that all digests of this site are made with."""
+        return self.state / "secret"
+
+    @property
+    def optout(self) -> Path:
+        """The list of patients who are not to be used."""
+        return self.state / "optout"
+
+    @property
+    def cache(self) -> Path:
+        """The folder of everything that can be made again: records of files, images, features."""
+        return self.state / "cache"
+
+    @property
+    def audit(self) -> Path:
+        """The audit trail."""
+        return self.state / "audit.jsonl"
+
+    @property
+    def images(self) -> Path:
+        """The folder of the images."""
+        return self._resolved(self.toml.data.images) if self.toml.data.images else self.state / "pacs"
+
+    @property
+    def labels(self) -> Path | None:
+        """The label table, if one is named."""
+        return self._resolved(self.toml.data.labels) if self.toml.data.labels else None
+
+    @property
+    def preset(self) -> Preset:
+        """How images are shown to the network."""
+        return PRESETS[self.toml.data.preset]
+
+    @property
+    def image_size(self) -> int:
+        """S, pixels a side."""
+        return self.toml.data.image_size or self.preset.image_size
+
+    @property
+    def rules(self) -> Rules:
+        """How the label table is read."""
+        data = self.toml.data
+        return Rules(
+            key=data.key,
+            label=data.label,
+            positive=data.positive,
+            uncertain=data.uncertain,
+            blank=data.blank,
+            patient=data.patient,
+            split=data.split,
+            words=data.words,
+        )
+
+    def _resolved(self, path: str) -> Path:
+        return (self.path.parent / Path(path).expanduser()).resolve()
+
+
+def read_site(path: Path) -> SiteConfig:
+    """Read a `site.toml`.
+
+    Raises:
+        ConfigError: it cannot be read, is no TOML, or holds a key or a value that is not expected.
+    """
+    config = SiteConfig(path.resolve(), parse_site(read_toml(path), path.name))
+    if not config.toml.data.images and config.toml.data.dicomweb is None:
+        raise ConfigError(f"{path.name}: [data] images: missing - name the folder of the images, or a [data.dicomweb]")
+    for section, key, place in _places(config.toml):
+        try:
+            config._resolved(place)
+        except (OSError, RuntimeError):  # a home that nobody has, a loop of links
+            raise ConfigError(f"{path.name}: [{section}] {key}: got {place!r}, which leads nowhere") from None
+    return config
+
+
+def parse_site(values: Mapping[str, Any], where: str) -> SiteToml:
+    """Return the validated content of a `site.toml`; whether its paths are filled in is another question.
+
+    Raises:
+        ConfigError: a key or a value that is not expected.
+    """
+    return validated(SiteToml, values, where)
+
+
+def _places(toml: SiteToml) -> tuple[tuple[str, str, str], ...]:
+    site, data = toml.site, toml.data
+    return (("site", "state", site.state), ("data", "images", data.images), ("data", "labels", data.labels))
