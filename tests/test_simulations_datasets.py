@@ -558,3 +558,20 @@ def test_names_of_labels_are_read_only_where_there_are_several(tmp_path):
     assert read(written(tmp_path, flat(label_names=names)), tmp_path).cohort.label_names == ("0", "1")
     with pytest.raises(DataError, match="never unpickled"):
         read(written(tmp_path, flat(labels=findings_of(40), label_names=names)), tmp_path)
+
+
+@pytest.mark.parametrize("uncertain", ["ignore", "soft"])
+def test_a_folder_of_several_labels_is_read_by_the_same_policy(tmp_path, uncertain):
+    root, labels = tmp_path / "photos", findings_of(24).astype(object)
+    labels[0], labels[5, 1] = [-1, "", 1], ""
+    root.mkdir()
+    with (root / "manifest.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "mass", "effusion", "nodule"])
+        for number, (image, row) in enumerate(zip(images_of(24), labels, strict=True)):
+            Image.fromarray(image).save(root / f"{number}.png")
+            writer.writerow([f"{number}.png", *row])
+    cohort = read(root, tmp_path, policy=Policy(uncertain, "ignore")).cohort
+    assert cohort.kind == "multi-label" and cohort.label_names == ("mass", "effusion", "nodule")
+    assert (cohort.labels == 0.5).sum() == (uncertain == "soft")
+    assert np.isnan(cohort.labels).sum() == 2 + (uncertain == "ignore")
