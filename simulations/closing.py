@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from server.report.wording import plural
+
 MOST_SITES = 12
 """Sites that the table names one by one; the report has them all."""
 
@@ -40,7 +42,7 @@ def _title(result: Mapping[str, Any]) -> str:
 def _caption(result: Mapping[str, Any]) -> str | None:
     """Say what the figures are where an image has several labels; the report has those of each."""
     task = result["config"]["task"]
-    return f"all figures: means over {len(task['labels'])} labels" if task["kind"] == "multi-label" else None
+    return f"all figures: means over {plural(len(task['labels']), 'label')}" if task["kind"] == "multi-label" else None
 
 
 def _row(table: Table, name: str, figures: Mapping[str, Any]) -> None:

@@ -317,6 +317,12 @@ def test_without_the_gram_matrix_mean_and_deviation_are_the_same(pool: Findings)
         np.testing.assert_array_equal(getattr(short, name), getattr(whole, name))
 
 
+def test_no_examples_have_sums_of_zero() -> None:
+    found = labelwise_sums(np.zeros((0, 4)), np.zeros((0, 3), np.float32), np.ones((2, 3)), gram=True)
+    assert (found.gram.shape, found.cross.shape) == ((3, 10), (4, 3))
+    assert not any(getattr(found, field.name).any() for field in fields(Sums))
+
+
 def test_balanced_weights_of_several_labels_even_out_each_by_itself() -> None:
     counts = np.array([[30, 8, 5], [10, 8, 0]])  # absent, present
     weights = balanced_weights(counts)

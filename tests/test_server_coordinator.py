@@ -651,6 +651,18 @@ def test_a_site_that_names_fewer_labels_is_a_site_that_masks_them(lab, several):
     assert bits(lab.execute(start, lab.grid(start, clinics))) == bits(several)
 
 
+def test_one_finding_alone_is_enough(lab):
+    clinics = {
+        name: replace(cohort, labels=cohort.labels[:, :1], label_names=("glow",))
+        for name, cohort in lab.clinics().items()
+    }
+    start = lab.start(task={"labels": ("glow",), "kind": "multi-label"})
+    found = lab.execute(start, lab.grid(start, clinics))
+    assert found.complete
+    summary = found.test.summary(("glow",), found.threshold)
+    assert summary["auc"] == summary["per_class"]["glow"]["auc"] > 0.6
+
+
 def test_sites_of_another_kind_or_without_any_label_stay_out(lab):
     clinics = lab.clinics()
     clinics["south"] = replace(clinics["south"], label_names=("fracture", "tumour"))

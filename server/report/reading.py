@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.report.wording import GAP, Figure, fixed
+from server.report.wording import GAP, Figure, fixed, plural
 
 SCHEMA = 1
 
@@ -213,7 +213,7 @@ class Run:
         """Whose precision and recall the headline figures are."""
         if len(self.labels) == 2 and not self.several:
             return f"of label “{self.labels[1]}”"
-        return f"mean over {len(self.labels)} labels" if self.labels else ""
+        return f"mean over {plural(len(self.labels), 'label')}" if self.labels else ""
 
 
 def _scores(found: Mapping[str, Any] | None) -> dict[str, Score]:
