@@ -7,7 +7,7 @@ through here. Every file that is listed has exactly one outcome: usable, or a co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
