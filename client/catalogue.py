@@ -42,19 +42,30 @@ PASSING = frozenset({"missing", "no_access"})
 """Codes that say more of the moment than of the file: they are not kept."""
 
 _GONE = bytes(32)
+_COLOUR = 2**40  # rows from here on are those of colour images
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class CachedPixels:
-    """The pixel source over a row store of preprocessed images."""
+    """The pixel source over the row stores of grey and of colour images.
 
-    store: RowStore
+    A grey image among colour ones has three equal channels, which is what a backbone is shown of it anyway.
+    """
+
+    grey: RowStore
+    colour: RowStore
+    channels: int  # of every image: 1 where all are grey, else 3
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the images in these rows: (n,) -> (n, C, S, S)."""
-        return np.ascontiguousarray(self.store.take(rows))
+        images = np.empty((len(rows), self.channels, *self.grey.row.shape[1:]), np.uint8)
+        coloured = rows >= _COLOUR
+        images[~coloured] = self.grey.take(rows[~coloured])
+        if coloured.any():
+            images[coloured] = self.colour.take(rows[coloured] - _COLOUR)
+        return images
 
 
 class Catalogue:
@@ -92,12 +103,15 @@ class Catalogue:
         }
 
     def source(self, kind: Kind) -> CachedPixels:
-        """Return the pixel source of one kind of image."""
-        return CachedPixels(self._pixels[kind])
+        """Return the pixel source of grey images alone, or of colour images with grey ones among them."""
+        return CachedPixels(self._pixels["grey"], self._pixels["colour"], CHANNELS[kind])
 
-    def places(self, kind: Kind, digests: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Return the rows of images: (N, 32) -> (N,), -1 where there is none."""
-        return self._pixels[kind].find(np.ascontiguousarray(digests).view("V32").reshape(-1))
+    def rows(self, entries: Sequence[Entry]) -> NDArray[np.int64]:
+        """Return the rows of these files' images, as `source` takes them: (n,)."""
+        digests = np.frombuffer(b"".join(entry.digest for entry in entries), "V32")
+        coloured = np.array([entry.kind == "colour" for entry in entries], bool)
+        grey, colour = (self._pixels[kind].find(digests) for kind in ("grey", "colour"))
+        return np.where(coloured, colour + _COLOUR, grey)
 
     def known(self, paths: Sequence[Path]) -> list[Entry | None]:
         """Return what the records say of these files as they are now; None for those that were not read yet."""

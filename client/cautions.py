@@ -108,8 +108,10 @@ def _images(intake: Intake, headers: Sequence[Header]) -> Said:
     files = quarantine + len(headers)
     if files and quarantine >= MANY * files:
         yield "many_quarantined", f"{quarantine} of {files} files are in quarantine"
-    if Counter(intake.codes)["kind_differs"]:
-        yield "mixed_kinds", "grey images among colour images, or the reverse: the rarer kind is left out"
+    kinds = Counter(entry.kind for entry in intake.gathered.entries_of(intake.places))
+    if len(kinds) > 1:
+        message = f"{kinds['grey']} grey and {kinds['colour']} colour images together: what tells them apart is easily"
+        yield "mixed_kinds", f"{message} learnt in place of the disease; a preset can turn all into one kind"
     modalities = sorted({header.modality for header in headers if header.modality})
     if len(modalities) > 1:
         yield "mixed_modalities", f"images of {len(modalities)} modalities: {', '.join(modalities)}"

@@ -7,7 +7,7 @@ through here. Every file that is listed has exactly one outcome: usable, or a co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from client.identity import Identity, is_placeholder
 from client.image import IGNORED, Kind
 from client.labels import Labelled, Named, Rules, class_folders, read_labels
 from client.listing import MANIFEST, Found, list_files
-from client.presets import Preset
 from client.records import Entry
 from client.vocabulary import PICTURE_FORMATS
 
@@ -52,7 +51,7 @@ class Gathered:
     members: NDArray[np.int64]  # (m,) places of the files that the labels speak of
     patients: tuple[bytes, ...]  # n; Identity.patient, 32 bytes; empty: unknown
     nobody: NDArray[np.bool_]  # (n,) a PatientID is expected, and blank or a placeholder
-    kind: Kind
+    kind: Kind  # of the usable images together
     from_cache: int  # files that were not read again
     excluded: tuple[bytes, ...] = ()  # digests of images that were taken out of the cache just now
 
@@ -77,6 +76,10 @@ class Gathered:
         joined = b"".join(self.entries[place].digest for place in places.tolist())
         return np.frombuffer(joined, np.uint8).reshape(-1, 32)
 
+    def entries_of(self, places: NDArray[np.int64]) -> list[Entry]:
+        """Return what is known of these files."""
+        return [self.entries[place] for place in places.tolist()]
+
     def said(self, column: Sequence[str | None], places: NDArray[np.int64]) -> list[str | None]:
         """Return what a column of `labelled` says of these files."""
         return [column[row] for row in self.rows(places).tolist()]
@@ -92,7 +95,6 @@ def gather(
     folder: Folder,
     catalogue: Catalogue,
     identity: Identity,
-    preset: Preset,
     opted_out: frozenset[bytes] = frozenset(),
     progress: Progress | None = None,
     *,
@@ -104,7 +106,6 @@ def gather(
         folder: images and labels.
         catalogue: keeps what is read.
         identity: the one that the catalogue uses.
-        preset: how images are shown.
         opted_out: `Identity.person` of patients who were taken out.
         progress: told how far the reading is.
         unread: whether files that were not read yet are read; else they count as missing.
@@ -121,8 +122,6 @@ def gather(
     patients, persons = _patients(entries, members, labelled, identity)
     excluded = _exclude(catalogue, paths, entries, persons, opted_out)
     codes = _codes(entries, members, labelled, persons, opted_out)
-    kind = _kind(entries, codes, preset)
-    codes = ["kind_differs" if not code and e.kind != kind else code for code, e in zip(codes, entries, strict=True)]
     return Gathered(
         found=found,
         entries=tuple(entries),
@@ -131,7 +130,7 @@ def gather(
         members=members,
         patients=tuple(patients),
         nobody=_nobody(entries, members, labelled, patients),
-        kind=kind,
+        kind=_kind(entries, codes),
         from_cache=sum(entry is not None for entry in known),
         excluded=excluded,
     )
@@ -210,12 +209,9 @@ def _nobody(
     return np.asarray(expected & ~np.array([bool(patient) for patient in patients], bool))
 
 
-def _kind(entries: Sequence[Entry], codes: Sequence[str], preset: Preset) -> Kind:
-    """Return the commoner kind of usable image, grey if even, where the preset keeps colour as it is."""
-    if preset.colour != "keep":
-        return preset.colour
-    kinds: Mapping[str, int] = Counter(e.kind for e, code in zip(entries, codes, strict=True) if not code)
-    return "colour" if kinds.get("colour", 0) > kinds.get("grey", 0) else "grey"
+def _kind(entries: Sequence[Entry], codes: Sequence[str]) -> Kind:
+    """Return the kind of the usable images: colour if one of them is, for grey can be shown in colour."""
+    return "colour" if any(e.kind == "colour" for e, code in zip(entries, codes, strict=True) if not code) else "grey"
 
 
 def nothing_usable(gathered: Gathered, root: Path, codes: Sequence[str] | None = None) -> str:

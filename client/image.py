@@ -31,7 +31,6 @@ CODES = {
     "bad_values": "pixel values that are not finite, or beyond MAX_VALUE",
     "timeout": "its decoder did not end in time",
     "crashed": "its decoder died",
-    "kind_differs": "grey among colour images, or the reverse",
     "placeholder_patient": "a PatientID that is blank or stands for nobody",
     "duplicate_in_other_split": "the same image, or nearly, is in the split that has precedence",
 }

@@ -69,9 +69,7 @@ def take_in(config: SiteConfig, progress: Progress) -> Intake:
     identity, opted_out = Identity(read_secret(config.secret)), optout(config)
     catalogue = _catalogue(config, identity, opted_out)
     folder = Folder(config.images, config.labels, config.rules)
-    gathered = gather(
-        folder, catalogue, identity, config.preset, opted_out, lambda done, total: progress("images", done, total)
-    )
+    gathered = gather(folder, catalogue, identity, opted_out, lambda done, total: progress("images", done, total))
     if gathered.excluded:
         erasure.erase(config.cache, set(), set(gathered.excluded))
     return _decided(config, gathered, catalogue, identity)
@@ -169,7 +167,7 @@ def cohort_of(intake: Intake) -> Cohort:
     digests = gathered.digests(places)
     return Cohort(
         source=intake.catalogue.source(gathered.kind),
-        rows=intake.catalogue.places(gathered.kind, digests),
+        rows=intake.catalogue.rows(gathered.entries_of(places)),
         digests=digests,
         labels=gathered.labels(places),
         splits=intake.splits,
@@ -316,8 +314,8 @@ def _sheet(intake: Intake, present: Mapping[str, NDArray[np.bool_]]) -> tuple[ND
             queue[:] = [] if place is None else queue[queue.index(place) + 1 :]
             if place is not None and len(chosen) < SHEET:
                 chosen.append(place)
-    kind = intake.gathered.kind
-    images = intake.catalogue.source(kind)(intake.catalogue.places(kind, digests[chosen]))
+    entries = intake.gathered.entries_of(intake.places[chosen])
+    images = intake.catalogue.source(intake.gathered.kind)(intake.catalogue.rows(entries))
     titles = tuple(", ".join(name for name, column in present.items() if column[place]) for place in chosen)
     return images, titles
 
@@ -350,5 +348,5 @@ def forget(config: SiteConfig, persons: set[bytes]) -> Erased:
     folder = Folder(config.images, config.labels, config.rules)
     if folder.table is not None and config.images.is_dir():
         catalogue = _catalogue(config, identity, frozenset(persons))
-        named = set(gather(folder, catalogue, identity, config.preset, frozenset(persons), unread=False).excluded)
+        named = set(gather(folder, catalogue, identity, frozenset(persons), unread=False).excluded)
     return erasure.erase(config.cache, persons, named)

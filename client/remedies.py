@@ -19,7 +19,6 @@ REMEDIES = {
     "bad_values": "Export it again; its values are not finite or beyond any scanner's range.",
     "timeout": "Export it again or uncompressed; a file that stops a decoder is often damaged.",
     "crashed": "Export it again uncompressed; a file that kills a decoder may be damaged or hostile.",
-    "kind_differs": "Keep one kind in a data set, or choose a preset that turns all into one.",
     "placeholder_patient": "Restore the true PatientID, or name a column that has it with [data] patient.",
     "duplicate_in_other_split": "Nothing, unless the split is your own: then keep an image in one split.",
     # passed over

@@ -539,7 +539,7 @@ def _folder_pool(
     """Read a folder as a hospital would; images that name no patient are patients of their own."""
     identity = Identity(_secret(cache))
     catalogue = Catalogue(cache, identity, preset, image_size)
-    gathered = gather(Folder(root, None, rules or Rules()), catalogue, identity, preset, progress=progress)
+    gathered = gather(Folder(root, None, rules or Rules()), catalogue, identity, progress=progress)
     places, labelled = gathered.usable, gathered.labelled
     if labelled is None or not len(places):
         raise DataError(nothing_usable(gathered, root))
@@ -551,7 +551,7 @@ def _folder_pool(
     sites, splits = (gathered.said(column, places) for column in (labelled.sites, labelled.splits))
     return _Pool(
         source=catalogue.source(gathered.kind),
-        rows=catalogue.places(gathered.kind, digests),
+        rows=catalogue.rows(gathered.entries_of(places)),
         digests=digests,
         labels=labels,
         label_names=label_names,
