@@ -26,8 +26,12 @@ JPEG copy of quality 50 has 0.99, one with noise of 5 levels 0.99, one cropped b
 SIDE = 24
 """Pixels a side of the small image that is kept for the comparison."""
 
+DENSE = 0.02
+"""Share of a block's pairs with close hashes from which all of them are compared: faster than picking them out."""
+
 _BLOCK = 2**22  # hashes compared at a time
-_PAIRS = 2**13  # small images compared at a time
+_WIDE = 2**13  # images on one side of a block
+_PAIRS = 2**13  # small images compared one by one at a time
 
 
 def dhash(pixels: NDArray[np.uint8]) -> int:
@@ -61,25 +65,43 @@ def near_copies(hashes: NDArray[np.uint64], thumbs: NDArray[np.uint8], splits: N
     """
     found = [np.zeros((0, 2), np.int64)]
     described = _described(thumbs)
-    for pairs in _candidates(hashes, splits):
-        first, second = (described[pairs[:, side]].astype(np.float32) for side in (0, 1))
-        found.append(pairs[np.einsum("pd,pd->p", first, second) >= ALIKE])
+    for own, others in _blocks(splits):
+        near = np.bitwise_count(hashes[own][:, None] ^ hashes[others][None, :]) <= CLOSE
+        dense = np.count_nonzero(near) > DENSE * near.size
+        alike = _all_alike(described, own, others) & near if dense else _alike(described, own, others, near)
+        one, other = np.nonzero(alike)
+        found.append(np.stack([own[one], others[other]], axis=1))
     return np.concatenate(found)
 
 
-def _candidates(hashes: NDArray[np.uint64], splits: NDArray[np.int8]) -> Iterator[NDArray[np.int64]]:
-    """Yield the pairs in different splits whose hashes are close, at most `_PAIRS` at a time."""
+def _blocks(splits: NDArray[np.int8]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield images of one split and images of the splits behind it, at most `_BLOCK` pairs at a time."""
     values = np.unique(splits)
     for number, value in enumerate(values):
         own, others = np.flatnonzero(splits == value), np.flatnonzero(np.isin(splits, values[number + 1 :]))
-        step = max(1, _BLOCK // max(1, len(others)))
-        for start in range(0, len(own), step):
-            part = own[start : start + step]
-            apart = np.bitwise_count(hashes[part][:, None] ^ hashes[others][None, :])
-            one, other = np.nonzero(apart <= CLOSE)
-            pairs = np.stack([part[one], others[other]], axis=1)
-            for at in range(0, len(pairs), _PAIRS):
-                yield pairs[at : at + _PAIRS]
+        for start in range(0, len(others), _WIDE):
+            wide = others[start : start + _WIDE]
+            step = _BLOCK // len(wide)
+            for at in range(0, len(own), step):
+                yield own[at : at + step], wide
+
+
+def _all_alike(described: NDArray[np.float16], own: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which pairs of a block are alike, by one product of matrices: where hashes tell little apart."""
+    return np.asarray(described[own].astype(np.float32) @ described[others].astype(np.float32).T >= ALIKE)
+
+
+def _alike(
+    described: NDArray[np.float16], own: NDArray[np.int64], others: NDArray[np.int64], near: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Return which of the few near pairs of a block are alike, pair by pair."""
+    alike = np.zeros_like(near)
+    one, other = np.nonzero(near)
+    for at in range(0, len(one), _PAIRS):
+        first, second = one[at : at + _PAIRS], other[at : at + _PAIRS]
+        pairs = (described[part].astype(np.float32) for part in (own[first], others[second]))
+        alike[first, second] = np.einsum("pd,pd->p", *pairs) >= ALIKE
+    return alike
 
 
 def _described(thumbs: NDArray[np.uint8]) -> NDArray[np.float16]:

@@ -94,7 +94,7 @@ class Pool:
     Examples:
         >>> import tempfile
         >>> from PIL import Image
-        >>>         >>> from client.presets import GENERIC
+        >>> from client.presets import GENERIC
         >>> path = Path(tempfile.mkdtemp()) / "a.png"
         >>> Image.new("L", (8, 8), 7).save(path)
         >>> with Pool(Task(Identity(bytes(32)), GENERIC, 16, frozenset()), workers=1) as pool:
