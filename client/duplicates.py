@@ -29,6 +29,9 @@ SIDE = 24
 DENSE = 0.02
 """Share of a block's pairs with close hashes from which all of them are compared: faster than picking them out."""
 
+Described = NDArray[np.float32] | NDArray[np.float16]
+
+_MANY = 2**15
 _BLOCK = 2**22  # hashes compared at a time
 _WIDE = 2**13  # images on one side of a block
 _PAIRS = 2**13  # small images compared one by one at a time
@@ -86,30 +89,34 @@ def _blocks(splits: NDArray[np.int8]) -> Iterator[tuple[NDArray[np.int64], NDArr
                 yield own[at : at + step], wide
 
 
-def _all_alike(described: NDArray[np.float16], own: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _all_alike(described: Described, own: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return which pairs of a block are alike, by one product of matrices: where hashes tell little apart."""
-    return np.asarray(described[own].astype(np.float32) @ described[others].astype(np.float32).T >= ALIKE)
+    return np.asarray(
+        described[own].astype(np.float32, copy=False) @ described[others].astype(np.float32, copy=False).T >= ALIKE
+    )
 
 
 def _alike(
-    described: NDArray[np.float16], own: NDArray[np.int64], others: NDArray[np.int64], near: NDArray[np.bool_]
+    described: Described, own: NDArray[np.int64], others: NDArray[np.int64], near: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
     """Return which of the few near pairs of a block are alike, pair by pair."""
     alike = np.zeros_like(near)
     one, other = np.nonzero(near)
     for at in range(0, len(one), _PAIRS):
         first, second = one[at : at + _PAIRS], other[at : at + _PAIRS]
-        pairs = (described[part].astype(np.float32) for part in (own[first], others[second]))
+        pairs = (described[part].astype(np.float32, copy=False) for part in (own[first], others[second]))
         alike[first, second] = np.einsum("pd,pd->p", *pairs) >= ALIKE
     return alike
 
 
-def _described(thumbs: NDArray[np.uint8]) -> NDArray[np.float16]:
+def _described(thumbs: NDArray[np.uint8]) -> Described:
     """Return each small image and its difference to its blurred self, each centred and of norm 1/sqrt(2), joined."""
     stack = thumbs.reshape(-1, SIDE, SIDE).astype(np.float32)
     padded = np.pad(stack, ((0, 0), (1, 1), (1, 1)), mode="edge")
     blurred = sum(padded[:, i : i + SIDE, j : j + SIDE] for i in range(3) for j in range(3)) / np.float32(9)
-    return np.concatenate([_normed(stack), _normed(stack - blurred)], axis=1).astype(np.float16)
+    exact = len(thumbs) <= _MANY  # half precision beyond it, for memory
+    joined = np.concatenate([_normed(stack), _normed(stack - blurred)], axis=1)
+    return joined if exact else joined.astype(np.float16)
 
 
 def _normed(stack: NDArray[np.float32]) -> NDArray[np.float32]:
