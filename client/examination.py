@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from client import audit, intake, optout
+from client import audit, founding, intake, optout
 from client.findings import Findings
 from client.identity import Identity
 from client.report.document import document
@@ -29,6 +29,18 @@ PRIVATE = 0o600
 Progress = Callable[[str, int, int], None]
 
 
+def found(config: SiteConfig) -> bool:
+    """Make the state of a site that has none yet, and return whether that was done.
+
+    Only an examination may come first: whoever forgets patients or pulls images at a site without state has most
+    likely named another one than was meant.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    return founding.found_state(config.state)
+
+
 def ready(config: SiteConfig, output: Path | None) -> Identity:
     """Return the site's identity, having looked at all that would stop a long examination at its end.
 
@@ -37,7 +49,7 @@ def ready(config: SiteConfig, output: Path | None) -> Identity:
         UsageError: the page cannot be written where it shall be.
     """
     if not config.state.is_dir():
-        raise ConfigError(f"{config.state}: there is no such folder; make a site with `consilium site init DIR`")
+        raise ConfigError(f"{config.state}: there is no such folder; `consilium site check` makes it for a new site")
     if not os.access(config.state, os.W_OK | os.X_OK):
         raise ConfigError(f"{config.state}: cannot be written; run the command as the user whose site it is")
     if output is not None and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK | os.X_OK)):

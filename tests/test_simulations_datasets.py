@@ -358,7 +358,7 @@ def test_a_failed_download_says_how_to_go_on_offline_and_leaves_nothing(tmp_path
         "import socket, sys, warnings; from pathlib import Path; sys.path.insert(0, '.')\n"
         "def refuse(*_, **__): raise OSError('no network')\n"
         "socket.getaddrinfo = refuse\n"
-        "from client.preprocessing import PRESETS; from common.errors import ConsiliumError\n"
+        "from client.presets import PRESETS; from common.errors import ConsiliumError\n"
         "from simulations.datasets import load; root, preset = Path(sys.argv[1]), PRESETS['generic']\n"
         "try: load('breastmnist', data_root=root, cache=root, preset=preset, image_size=8, seed=0, sites=3)\n"
         "except ConsiliumError as error: sys.stdout.write(str(error))\n"
@@ -380,7 +380,7 @@ def test_names_cost_no_import_of_medmnist_or_torch(tmp_path):
     (tmp_path / "data").mkdir()
     written(tmp_path / "data", medmnist(), "pneumoniamnist.npz")
     code = (
-        "import sys; sys.path.insert(0, '.'); from pathlib import Path; from client.preprocessing import PRESETS\n"
+        "import sys; sys.path.insert(0, '.'); from pathlib import Path; from client.presets import PRESETS\n"
         "from simulations.datasets import load; root = Path(sys.argv[1])\n"
         "preset = PRESETS['generic']\n"
         "load('pneumoniamnist', data_root=root, cache=root, preset=preset, image_size=8, seed=0, sites=3)\n"
@@ -394,8 +394,8 @@ def folder_of(root, count=24, **columns):
     root.mkdir()
     rows = []
     for number, image in enumerate(images_of(count)):
-        Image.fromarray(image).save(root / f"{number}.png")
-        row = {"path": f"{number}.png", "label": ("scar", "normal")[number % 2]}
+        Image.fromarray(image).save(root / f"{number:02d}.png")
+        row = {"path": f"{number:02d}.png", "label": ("scar", "normal")[number % 2]}
         rows.append(row | {name: values[number] for name, values in columns.items()})
     with (root / "manifest.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -421,7 +421,7 @@ def test_a_folder_with_a_manifest(tmp_path):
 
 def test_a_folder_without_splits_and_a_file_that_cannot_be_read(tmp_path):
     root = folder_of(tmp_path / "images")
-    (root / "3.png").write_bytes(b"not an image")
+    (root / "03.png").write_bytes(b"not an image")
     data = read(root, tmp_path)
     assert len(data.cohort) == 23 and sum(data.cohort.quarantine.values()) == 1
     assert data.cohort.support("train").min() > 0 and data.sites is None
@@ -430,8 +430,8 @@ def test_a_folder_without_splits_and_a_file_that_cannot_be_read(tmp_path):
 def test_sites_and_quarantine_fit_what_is_left_after_duplicates_are_dropped(tmp_path):
     splits = (["train"] * 8 + ["val"] * 2 + ["test"] * 2) * 2
     root = folder_of(tmp_path / "images", split=splits, site=[f"s{number:02d}" for number in range(24)])
-    (root / "0.png").write_bytes((root / "11.png").read_bytes())
-    (root / "3.png").write_bytes(b"not an image")
+    (root / "00.png").write_bytes((root / "11.png").read_bytes())
+    (root / "03.png").write_bytes(b"not an image")
     data = read(root, tmp_path)
     assert data.dropped == {"duplicate_across_splits": 1}
     assert sum(data.cohort.quarantine.values()) == 1 and len(data.cohort) == 22
