@@ -290,7 +290,9 @@ def scan(seed: int, rows: int = 64, columns: int = 56, bits: int = 12) -> np.nda
     """Return a grey picture (rows, columns) unlike that of any other seed: soft blots, and a little noise."""
     random = np.random.default_rng(seed)
     knots = Image.fromarray(random.uniform(0.1, 0.9, (6, 6)).astype(np.float32))
-    plane = np.asarray(knots.resize((columns, rows), Image.Resampling.BICUBIC)) + random.normal(0, 0.01, (rows, columns))
+    plane = np.asarray(knots.resize((columns, rows), Image.Resampling.BICUBIC)) + random.normal(
+        0, 0.01, (rows, columns)
+    )
     top = 2**bits - 1
     return np.asarray(np.clip(plane * top, 0, top), np.uint8 if bits <= 8 else np.uint16)
 
