@@ -102,8 +102,9 @@ def check(path: Path, files: bool, offline: bool, output: Path | None, as_json: 
             pulled = examination.pull(config, reporter)
             if getattr(pulled, "failed", 0):
                 reporter.note("warning: some images did not come from the PACS; `consilium site pull` tries them again")
-        found = examination.examine(config, reporter)
-    page = examination.write(config, found, output)
+        with examination.alone(config):
+            found = examination.examine(config, reporter)
+            page = examination.write(config, found, output)
     if as_json:
         from client.report.document import document
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +73,27 @@ def pull(config: SiteConfig, progress: Progress) -> Pulled:
     return pulled
 
 
+@contextmanager
+def alone(config: SiteConfig) -> Iterator[None]:
+    """Let no other process examine the site's data or forget patients meanwhile: the later one waits.
+
+    An examination that began before a patient was taken out would else write their images when they are forgotten.
+
+    Raises:
+        ConsiliumError: the cache cannot be made.
+    """
+    try:
+        config.cache.mkdir(exist_ok=True)
+        handle = os.open(config.cache, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConsiliumError(f"{config.cache}: cannot be opened ({error.strerror})") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def examine(config: SiteConfig, progress: Progress) -> Findings:
     """Examine the site's data and record that it was done."""
     found = intake.examine(config, progress)
@@ -116,18 +139,15 @@ def forget(config: SiteConfig, patients: Path, column: str | None = None) -> dic
 
     Raises:
         ConfigError: there is no state, or its secret is missing or open to others.
-        DataError: the file cannot be read or names nobody.
+        DataError: the file of patients cannot be read or names nobody.
         ConsiliumError: something cannot be deleted or written.
     """
     identity = ready(config, None)
     persons = optout.persons(patients, identity, column)
     new = optout.take_out(config, persons)
-    try:
-        for name in (PAGE, DOCUMENT):
-            (config.state / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise ConsiliumError(f"{config.state}: the last report cannot be deleted ({error.strerror})") from None
-    gone = intake.forget(config, set(persons))
+    with alone(config):
+        _delete_report(config)
+        gone = intake.forget(config, set(persons))
     counts = {
         "persons": len(persons),
         "new": new,
@@ -137,3 +157,11 @@ def forget(config: SiteConfig, patients: Path, column: str | None = None) -> dic
     }
     audit.append(config.audit, "forget", counts)
     return counts
+
+
+def _delete_report(config: SiteConfig) -> None:
+    try:
+        for name in (PAGE, DOCUMENT):
+            (config.state / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConsiliumError(f"{config.state}: the last report cannot be deleted ({error.strerror})") from None

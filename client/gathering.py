@@ -54,7 +54,7 @@ class Gathered:
     nobody: NDArray[np.bool_]  # (n,) a PatientID is expected, and blank or a placeholder
     kind: Kind
     from_cache: int  # files that were not read again
-    excluded: tuple[bytes, ...] = ()  # digests of images that were taken out of the cache just now
+    excluded: Mapping[int, bytes] = field(default_factory=dict)  # place -> person, where images were kept of them
 
     @property
     def usable(self) -> NDArray[np.int64]:
@@ -119,9 +119,10 @@ def gather(
     entries = catalogue.read(paths, progress) if unread else [entry or Entry("missing") for entry in known]
     members, labelled = _labelled(folder, found.paths, entries, identity)
     patients, persons = _patients(entries, members, labelled, identity)
-    excluded = _exclude(catalogue, paths, entries, persons, opted_out)
+    excluded = _excluded(entries, persons, opted_out)
     codes = _codes(entries, members, labelled, persons, opted_out)
     kind = _kind(entries, codes, preset)
+    entries = [Entry(e.code or "opted_out") if place in excluded else e for place, e in enumerate(entries)]
     codes = ["kind_differs" if not code and e.kind != kind else code for code, e in zip(codes, entries, strict=True)]
     return Gathered(
         found=found,
@@ -167,22 +168,13 @@ def _patients(
     return patients, persons
 
 
-def _exclude(
-    catalogue: Catalogue,
-    paths: Sequence[Path],
-    entries: Sequence[Entry],
-    persons: Sequence[bytes],
-    opted_out: frozenset[bytes],
-) -> tuple[bytes, ...]:
-    """Take out of the cache what belongs to patients whom only the table names, and return the images' digests."""
-    theirs = [
-        (path, entry, person)
-        for path, entry, person in zip(paths, entries, persons, strict=True)
+def _excluded(entries: Sequence[Entry], persons: Sequence[bytes], opted_out: frozenset[bytes]) -> dict[int, bytes]:
+    """Return the images that belong to persons whom only the table names: they were read, and should not have been."""
+    return {
+        place: person
+        for place, (entry, person) in enumerate(zip(entries, persons, strict=True))
         if person in opted_out and not entry.code
-    ]
-    for path, entry, person in theirs:
-        catalogue.exclude(path, person, entry)
-    return tuple(entry.digest for _, entry, _ in theirs)
+    }
 
 
 def _codes(

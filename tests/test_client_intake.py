@@ -450,3 +450,19 @@ def test_the_sheet_shows_each_label_and_no_more_than_it_should(chest: Any) -> No
     found = chest.examine()
     assert found.sheet.shape == (24, 1, 32, 32)
     assert Counter(found.sheet_labels) == {"normal": 12, "scar": 12}
+
+
+def test_several_labels_an_image_are_examined_and_not_yet_trained_on(ward: Any) -> None:
+    rows = []
+    for number in range(12):
+        ward.picture(f"{number}.png", number)
+        rows.append({"path": f"{number}.png", "edema": number % 2, "effusion": number // 2 % 2})
+    ward.table(rows)
+    found = ward.examine()
+    assert {label: sum(counts[label] for counts in found.labels.values()) for label in ("edema", "effusion")} == {
+        "edema": 6,
+        "effusion": 6,
+    }
+    with pytest.raises(DataError, match=r"\[data\] label, such as label = 'edema'"):
+        intake.cohort(ward.site(), lambda *_: None)
+    assert intake.cohort(ward.site(label="edema"), lambda *_: None).label_names == ("negative", "positive")

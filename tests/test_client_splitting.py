@@ -28,7 +28,7 @@ def digests(names: list[int]) -> np.ndarray:
 
 
 def test_shares_over_many_patients() -> None:
-    """Over 20,000 the standard errors of 70, 15, 15 per cent are 0.32, 0.25, 0.25 per cent: four of them are allowed."""
+    """Over 20,000 the standard errors of 70, 15, 15 per cent are 0.32, 0.25, 0.25 per cent: four are allowed."""
     shares = np.bincount(splits_of(b"a" * 32, PATIENTS), minlength=3) / len(PATIENTS)
     assert abs(shares - np.array([0.70, 0.15, 0.15])).max() < 0.013
 

@@ -20,7 +20,7 @@ from PIL import Image
 from client.preprocessing import preprocess_array, preprocessing_id
 from client.presets import PRESETS
 from common.errors import ConfigError, ConsiliumError, DataError
-from simulations import datasets, phantoms
+from simulations import datasets, encodings, phantoms
 from simulations.datasets import ArraySource, load
 from simulations.splits import units
 
@@ -436,6 +436,36 @@ def test_sites_and_quarantine_fit_what_is_left_after_duplicates_are_dropped(tmp_
     assert data.dropped == {"duplicate_across_splits": 1}
     assert sum(data.cohort.quarantine.values()) == 1 and len(data.cohort) == 22
     assert data.sites == tuple(f"s{number:02d}" for number in range(24) if number not in (0, 3))
+
+
+def test_a_folder_of_dicom_with_a_manifest_is_read_as_a_hospital_reads_it(tmp_path):
+    root, rows = tmp_path / "mixed", [["path", "label", "site"]]
+    root.mkdir()
+    for number, name in enumerate([*(f"P{n // 2}" for n in range(20)), "ANON", ""]):
+        syntax = list(encodings.LOSSLESS.values())[number % len(encodings.LOSSLESS)]
+        encodings.write(root / f"{number:02d}", images_of(1, 64, number)[0], 8, syntax, PatientID=name)
+        rows.append([f"{number:02d}", ("scar", "normal")[number // 2 % 2], "north"])
+    Image.fromarray(images_of(1, 64, 99)[0]).save(root / "90.png")
+    (root / "91").write_bytes((root / "00").read_bytes()[:-99])
+    rows += [["90.png", "scar", "north"], ["91", "scar", "north"], ["gone.dcm", "scar", "north"]]
+    with (root / "manifest.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    data = read(root, tmp_path)
+    assert len(data.cohort) == 23 and data.sites == ("north",) * 23
+    assert data.cohort.quarantine == {"damaged": 1} and data.ignored == {"other_suffix": 1}
+    assert len(np.unique(data.cohort.patients)) == 13
+    assert any("1 of 25 rows" in text for text in data.warnings)  # reported, and not as a file that is missing
+    assert any("2 images have a PatientID that stands for nobody" in text for text in data.warnings)
+    again = read(root, tmp_path)
+    assert np.array_equal(again.cohort.digests, data.cohort.digests)
+
+
+def test_a_folder_with_several_labels_an_image_is_refused(tmp_path):
+    root = folder_of(tmp_path / "images")
+    rows = ["path,edema,effusion", *(f"{number:02d}.png,{number % 2},{number // 2 % 2}" for number in range(24))]
+    (root / "manifest.csv").write_text("\n".join(rows))
+    with pytest.raises(DataError, match="several labels an image are not supported yet"):
+        read(root, tmp_path)
 
 
 @pytest.mark.slow
