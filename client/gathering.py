@@ -147,10 +147,14 @@ def _labelled(
     members = np.flatnonzero(asked)
     if not len(members):
         return members, None
-    files = [Named(paths[i], entries[i].header.keys, entries[i].header.loose_accession) for i in members.tolist()]
+    files = [_named(paths[place], entries[place]) for place in members.tolist()]
     if table is None:
         return members, class_folders(files, folder.rules)
     return members, read_labels(table, files, folder.rules, identity)
+
+
+def _named(path: str, entry: Entry) -> Named:
+    return Named(path, entry.header.keys, entry.header.loose_accession, usable=not entry.code)
 
 
 def _patients(
