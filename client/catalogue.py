@@ -115,7 +115,7 @@ class Catalogue:
 
     def known(self, paths: Sequence[Path]) -> list[Entry | None]:
         """Return what the records say of these files as they are now; None for those that were not read yet."""
-        return self._known(self._keys(paths))
+        return self._known(self.keys(paths))
 
     def read(self, paths: Sequence[Path], progress: Progress | None = None) -> list[Entry]:
         """Return what is known of these files, reading those that were not read yet.
@@ -125,7 +125,7 @@ class Catalogue:
             ConsiliumError: decoding processes cannot be started.
         """
         report = progress or _silent
-        keys = self._keys(paths)
+        keys = self.keys(paths)
         entries = self._known(keys)
         todo = [place for place, entry in enumerate(entries) if entry is None]
         done = len(paths) - len(todo)
@@ -138,16 +138,12 @@ class Catalogue:
             report(done, len(paths))
         return [entry for entry in entries if entry is not None]
 
-    def exclude(self, path: Path, person: bytes, entry: Entry) -> None:
-        """Take out one file of a patient whom the label table names: its pixels go, its record says why.
-
-        The record stays, so that the file is not decoded again.
-        """
-        keys = self._keys([path])
-        for store in self._pixels.values():
-            store.remove(np.frombuffer(entry.digest, "V32"))
+    def exclude(self, paths: Sequence[Path], persons: Sequence[bytes]) -> None:
+        """Record of files that they are of persons who were taken out, so that they are not decoded again."""
+        keys = self.keys(paths)
         self._records.remove(keys)
-        self._records.append(keys, pack(Entry("opted_out", Header(person=person)))[None])
+        rows = [pack(Entry("opted_out", Header(person=person))) for person in persons]
+        self._records.append(keys, np.stack(rows))
 
     def _known(self, keys: NDArray[np.void]) -> list[Entry | None]:
         found = self._records.find(keys)
@@ -168,7 +164,8 @@ class Catalogue:
     def _has(self, entry: Entry) -> bool:
         return bool(self._pixels[entry.kind].find(np.frombuffer(entry.digest, "V32"))[0] >= 0)
 
-    def _keys(self, paths: Sequence[Path]) -> NDArray[np.void]:
+    def keys(self, paths: Sequence[Path]) -> NDArray[np.void]:
+        """Return what names these files as they are now: (n,) of 32 bytes."""
         return np.frombuffer(b"".join(self._key(path) for path in paths), "V32")
 
     def _key(self, path: Path) -> bytes:

@@ -83,7 +83,8 @@ def check(path: Path, files: bool, offline: bool, output: Path | None, as_json: 
       consilium site check radiology/site.toml
       consilium site check radiology/site.toml --files --json > check.json
 
-    Writes check.json and check.html (with images of patients: for the eyes of this site only) into the site's state.
+    Writes check.json and check.html (with images of patients: for the eyes of this site only) into the site's state,
+    which is made if there is none yet.
     Exit code: 0 done, 1 failed, 2 wrong configuration, or the data may not be used as they are.
     """  # noqa: D301
     from client import examination
@@ -92,14 +93,18 @@ def check(path: Path, files: bool, offline: bool, output: Path | None, as_json: 
     from common.progress import Reporter
 
     config = read_site(path)
+    if examination.found(config):
+        where = _path(config.state)
+        click.echo(f"new site: made {where}; keep a backup of the secret in it, readable by nobody else", err=True)
     examination.ready(config, output)
     with Reporter(quiet=quiet) as reporter:
         if config.toml.data.dicomweb is not None and not offline:
             pulled = examination.pull(config, reporter)
             if getattr(pulled, "failed", 0):
                 reporter.note("warning: some images did not come from the PACS; `consilium site pull` tries them again")
-        found = examination.examine(config, reporter)
-    page = examination.write(config, found, output)
+        with examination.alone(config):
+            found = examination.examine(config, reporter)
+            page = examination.write(config, found, output)
     if as_json:
         from client.report.document import document
 

@@ -130,7 +130,7 @@ def check_strays(table: Table, rules: Rules, used: Collection[int], files: Seque
     Raises:
         DataError: there is such a column.
     """
-    have_headers = all(any(kind in file.keys for kind in KEY_KINDS) for file in files)
+    have_headers = all(any(kind in file.keys for kind in KEY_KINDS) for file in files if file.usable)
     settled = {"label": bool(rules.label), "patient": bool(rules.patient), "split": bool(rules.split)}
     present = {name.casefold() for name in table.names}
     expected = [name for name in COLUMNS if name not in present and not settled.get(name, False) and name != "path"]

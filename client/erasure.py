@@ -1,12 +1,14 @@
 """Deleting what is kept of patients who were taken out: images, features made from them, and what is known of files.
 
-Everything below the cache folder is looked at, whatever preprocessing, size, trunk or view it was made for. The records
-of files, by which a patient is found, go last: an erasure that was cut short is finished by running it again.
+Everything below the cache folder is looked at, whatever preprocessing, size, trunk or view it was made for, and an
+image stays only where the record of another file counts on it: so neither a copy of a file that was changed since, nor
+what a killed process left without a record, is a refuge. Features go first and the records of files, by which a
+patient is found, last: an erasure that was cut short is finished by running it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from client.records import RECORD
 from client.rowstore import RowStore, open_as_bytes
 
 _NO_IMAGE = bytes(32)
+_PART = 1024  # images whose keys of features are made at a time
 
 
 @dataclass(frozen=True)
@@ -30,33 +33,62 @@ class Erased:
     features: int  # rows of features
     files: int  # records of files
 
+    def __add__(self, other: Erased) -> Erased:
+        """Return what both deleted."""
+        return Erased(self.images + other.images, self.features + other.features, self.files + other.files)
 
-def erase(cache: Path, persons: set[bytes], digests: set[bytes]) -> Erased:
-    """Delete what is kept of these persons, and of these images.
+
+def erase(
+    cache: Path,
+    persons: Set[bytes] = frozenset(),
+    files: Set[bytes] = frozenset(),
+    present: Set[bytes] | None = None,
+) -> Erased:
+    """Delete what is kept of these persons and files, and what no record counts on.
+
+    Nobody else may write the cache meanwhile: an image whose record is still to come would be deleted.
 
     Args:
         cache: the site's cache folder; one that is absent holds nothing.
         persons: digests of `Identity.person`.
-        digests: of further images, 32 bytes each, that belong to them.
+        files: digests of `Identity.file`.
+        present: `Identity.file` of all files that are there, to forget all others; None: none is forgotten for that.
 
     Raises:
         CacheError: the cache cannot be written.
     """
-    found = [_theirs(store, persons) for store in _record_stores(cache)]
-    gone = digests.union(*(theirs for _, theirs in found))
-    features = sum(store.remove(_feature_keys(gone)) for store in _stores(cache / "features"))
-    images = sum(store.remove(_as_keys(gone)) for kind in CHANNELS for store in _stores(cache / "images", kind))
-    files = sum(store.remove(rows) for store, (rows, _) in zip(_record_stores(cache), found, strict=True))
-    return Erased(images, features, files)
+    found = [(store, *_theirs(store, persons, files, present)) for store in _record_stores(cache)]
+    others = set().union(*(kept for *_, kept in found))
+    images = [(store, _not_of(store, others)) for kind in CHANNELS for store in _stores(cache / "images", kind)]
+    gone = set().union(*(theirs for _, _, theirs, _ in found), *(map(bytes, lost) for _, lost in images)) - others
+    return Erased(
+        features=sum(store.remove(_features_of(store, sorted(gone))) for store in _stores(cache / "features")),
+        images=sum(store.remove(theirs) for store, theirs in images),
+        files=sum(store.remove(theirs) for store, theirs, *_ in found),
+    )
 
 
-def _theirs(store: RowStore, persons: set[bytes]) -> tuple[NDArray[np.void], set[bytes]]:
-    """Return the keys of these persons' files, and the digests of images that belong to nobody else."""
+def _theirs(
+    store: RowStore, persons: Set[bytes], files: Set[bytes], present: Set[bytes] | None
+) -> tuple[NDArray[np.void], set[bytes], set[bytes]]:
+    """Return the keys of the records that go, the digests of their images, and those of all other records.
+
+    That a file is of somebody who was taken out is all that is known of it in a record that says so: it stays.
+    """
     known = store.keys()
     rows = store.take(store.find(known))
-    theirs = np.array([person.tobytes() in persons for person in rows["person"]], bool)
-    others = {digest.tobytes() for digest in rows["digest"][~theirs]}
-    return known[theirs], {digest.tobytes() for digest in rows["digest"][theirs]} - others - {_NO_IMAGE}
+    names, digests = ([value.tobytes() for value in column] for column in (known, rows["digest"]))
+    told = rows["code"] == b"opted_out"
+    theirs = np.array(
+        [
+            name in files or (person.tobytes() in persons and not out) or (present is not None and name not in present)
+            for name, person, out in zip(names, rows["person"], told.tolist(), strict=True)
+        ],
+        bool,
+    )
+    gone = {digest for digest, mine in zip(digests, theirs.tolist(), strict=True) if mine}
+    others = {digest for digest, mine in zip(digests, theirs.tolist(), strict=True) if not mine}
+    return known[theirs], gone - {_NO_IMAGE}, others - {_NO_IMAGE}
 
 
 def _record_stores(cache: Path) -> list[RowStore]:
@@ -70,14 +102,23 @@ def _stores(root: Path, kind: str = "") -> Iterator[RowStore]:
             yield store
 
 
-def _as_keys(digests: set[bytes]) -> NDArray[np.void]:
-    return np.frombuffer(b"".join(sorted(digests)), "V32")
+def _not_of(store: RowStore, digests: Set[bytes]) -> NDArray[np.void]:
+    return _as_keys([key for key in map(bytes, store.keys()) if key not in digests])
 
 
-def _feature_keys(digests: set[bytes]) -> NDArray[np.void]:
-    """Return the keys of every view of these images that any preset can have made."""
-    rows = np.frombuffer(b"".join(sorted(digests)), np.uint8).reshape(-1, 32)
+def _as_keys(digests: Sequence[bytes]) -> NDArray[np.void]:
+    return np.frombuffer(b"".join(digests), "V32")
+
+
+def _features_of(store: RowStore, digests: Sequence[bytes]) -> NDArray[np.void]:
+    """Return the keys in a store of every view of these images that any preset can have made."""
     drawn = {Augmentation.of(preset) for preset in PRESETS.values()}
-    every = [keys(rows, 0, Augmentation.of(PRESETS["generic"]))]
-    every += [keys(rows, view, one) for one in drawn for view in range(1, MOST_VIEWS)]
-    return np.concatenate(every)
+    views = [(0, Augmentation.of(PRESETS["generic"]))]
+    views += [(view, one) for one in drawn for view in range(1, MOST_VIEWS)]
+    found = [np.zeros(0, "V32")]
+    for begin in range(0, len(digests), _PART):
+        rows = _as_keys(digests[begin : begin + _PART]).view(np.uint8).reshape(-1, 32)
+        for view, one in views:
+            made = keys(rows, view, one)
+            found.append(made[store.find(made) >= 0])
+    return np.concatenate(found)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from client import audit, intake, optout
+from client import audit, founding, intake, optout
 from client.findings import Findings
 from client.identity import Identity
 from client.report.document import document
@@ -29,6 +31,18 @@ PRIVATE = 0o600
 Progress = Callable[[str, int, int], None]
 
 
+def found(config: SiteConfig) -> bool:
+    """Make the state of a site that has none yet, and return whether that was done.
+
+    Only an examination may come first: whoever forgets patients or pulls images at a site without state has most
+    likely named another one than was meant.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    return founding.found_state(config.state)
+
+
 def ready(config: SiteConfig, output: Path | None) -> Identity:
     """Return the site's identity, having looked at all that would stop a long examination at its end.
 
@@ -37,7 +51,7 @@ def ready(config: SiteConfig, output: Path | None) -> Identity:
         UsageError: the page cannot be written where it shall be.
     """
     if not config.state.is_dir():
-        raise ConfigError(f"{config.state}: there is no such folder; make a site with `consilium site init DIR`")
+        raise ConfigError(f"{config.state}: there is no such folder; `consilium site check` makes it for a new site")
     if not os.access(config.state, os.W_OK | os.X_OK):
         raise ConfigError(f"{config.state}: cannot be written; run the command as the user whose site it is")
     if output is not None and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK | os.X_OK)):
@@ -59,6 +73,27 @@ def pull(config: SiteConfig, progress: Progress) -> Pulled:
     counts = {name: value for name, value in dataclasses.asdict(pulled).items() if type(value) is int}
     audit.append(config.audit, "pull", counts)
     return pulled
+
+
+@contextmanager
+def alone(config: SiteConfig) -> Iterator[None]:
+    """Let no other process examine the site's data or forget patients meanwhile: the later one waits.
+
+    An examination that began before a patient was taken out would else write their images when they are forgotten.
+
+    Raises:
+        ConsiliumError: the cache cannot be made.
+    """
+    try:
+        config.cache.mkdir(exist_ok=True)
+        handle = os.open(config.cache, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConsiliumError(f"{config.cache}: cannot be opened ({error.strerror})") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def examine(config: SiteConfig, progress: Progress) -> Findings:
@@ -106,18 +141,15 @@ def forget(config: SiteConfig, patients: Path, column: str | None = None) -> dic
 
     Raises:
         ConfigError: there is no state, or its secret is missing or open to others.
-        DataError: the file cannot be read or names nobody.
+        DataError: the file of patients cannot be read or names nobody.
         ConsiliumError: something cannot be deleted or written.
     """
     identity = ready(config, None)
     persons = optout.persons(patients, identity, column)
     new = optout.take_out(config, persons)
-    try:
-        for name in (PAGE, DOCUMENT):
-            (config.state / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise ConsiliumError(f"{config.state}: the last report cannot be deleted ({error.strerror})") from None
-    gone = intake.forget(config, set(persons))
+    with alone(config):
+        _delete_report(config)
+        gone = intake.forget(config, set(persons))
     counts = {
         "persons": len(persons),
         "new": new,
@@ -127,3 +159,11 @@ def forget(config: SiteConfig, patients: Path, column: str | None = None) -> dic
     }
     audit.append(config.audit, "forget", counts)
     return counts
+
+
+def _delete_report(config: SiteConfig) -> None:
+    try:
+        for name in (PAGE, DOCUMENT):
+            (config.state / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConsiliumError(f"{config.state}: the last report cannot be deleted ({error.strerror})") from None

@@ -1,7 +1,8 @@
-"""`consilium site init`: the folder of a new site, whole or not at all."""
+"""A new site: its folder, whole or not at all, or the state of one whose `site.toml` was written by hand."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import tomli_w
 from client import audit
 from client.secret import make_secret
 from client.site_config import NAME, parse_site
-from common.errors import UsageError
+from common.errors import ConfigError, UsageError
 from common.strict import parse_toml
 
 TEMPLATE = """\
@@ -110,6 +111,35 @@ def found(folder: Path, name: str | None = None, images: Path | None = None, lab
             folder.rmdir()
         raise UsageError(f"{folder}: no site can be made there ({error.strerror})") from None
     return Founded(parse_site(parse_toml(text, NAME), NAME).site.name, folder / NAME, folder / "state")
+
+
+def found_state(state: Path) -> bool:
+    """Make the state of a site that has none: the folder, its secret and the first line of the audit trail.
+
+    A folder that holds anything stays as it is, and so does one that several processes find empty but for the first of
+    them: another secret would move patients between the splits and name nobody of those who were taken out.
+
+    Returns:
+        Whether it was made.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if any(state.iterdir()):
+                return False
+            os.fchmod(handle, 0o700)
+            make_secret(state / "secret")
+            audit.append(state / "audit.jsonl", "init", {})
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise ConfigError(f"{state}: the site's state cannot be made there ({error.strerror})") from None
+    return True
 
 
 def site_toml(folder: Path, name: str | None, images: Path | None, labels: Path | None) -> str:

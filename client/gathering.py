@@ -7,7 +7,7 @@ through here. Every file that is listed has exactly one outcome: usable, or a co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class Gathered:
     nobody: NDArray[np.bool_]  # (n,) a PatientID is expected, and blank or a placeholder
     kind: Kind  # of the usable images together
     from_cache: int  # files that were not read again
-    excluded: tuple[bytes, ...] = ()  # digests of images that were taken out of the cache just now
+    excluded: Mapping[int, bytes] = field(default_factory=dict)  # place -> person, where images were kept of them
 
     @property
     def usable(self) -> NDArray[np.int64]:
@@ -120,8 +120,9 @@ def gather(
     entries = catalogue.read(paths, progress) if unread else [entry or Entry("missing") for entry in known]
     members, labelled = _labelled(folder, found.paths, entries, identity)
     patients, persons = _patients(entries, members, labelled, identity)
-    excluded = _exclude(catalogue, paths, entries, persons, opted_out)
+    excluded = _excluded(entries, persons, opted_out)
     codes = _codes(entries, members, labelled, persons, opted_out)
+    entries = [Entry(e.code or "opted_out") if place in excluded else e for place, e in enumerate(entries)]
     return Gathered(
         found=found,
         entries=tuple(entries),
@@ -145,10 +146,14 @@ def _labelled(
     members = np.flatnonzero(asked)
     if not len(members):
         return members, None
-    files = [Named(paths[i], entries[i].header.keys, entries[i].header.loose_accession) for i in members.tolist()]
+    files = [_named(paths[place], entries[place]) for place in members.tolist()]
     if table is None:
         return members, class_folders(files, folder.rules)
     return members, read_labels(table, files, folder.rules, identity)
+
+
+def _named(path: str, entry: Entry) -> Named:
+    return Named(path, entry.header.keys, entry.header.loose_accession, usable=not entry.code)
 
 
 def _patients(
@@ -166,22 +171,13 @@ def _patients(
     return patients, persons
 
 
-def _exclude(
-    catalogue: Catalogue,
-    paths: Sequence[Path],
-    entries: Sequence[Entry],
-    persons: Sequence[bytes],
-    opted_out: frozenset[bytes],
-) -> tuple[bytes, ...]:
-    """Take out of the cache what belongs to patients whom only the table names, and return the images' digests."""
-    theirs = [
-        (path, entry, person)
-        for path, entry, person in zip(paths, entries, persons, strict=True)
+def _excluded(entries: Sequence[Entry], persons: Sequence[bytes], opted_out: frozenset[bytes]) -> dict[int, bytes]:
+    """Return the images that belong to persons whom only the table names: they were read, and should not have been."""
+    return {
+        place: person
+        for place, (entry, person) in enumerate(zip(entries, persons, strict=True))
         if person in opted_out and not entry.code
-    ]
-    for path, entry, person in theirs:
-        catalogue.exclude(path, person, entry)
-    return tuple(entry.digest for _, entry, _ in theirs)
+    }
 
 
 def _codes(

@@ -67,17 +67,28 @@ def take_in(config: SiteConfig, progress: Progress) -> Intake:
         CacheError: the cache cannot be written.
     """
     identity, opted_out = Identity(read_secret(config.secret)), optout(config)
+    if opted_out:
+        erasure.erase(config.cache, opted_out)  # what a forgetting that was cut short has left
     catalogue = _catalogue(config, identity, opted_out)
     folder = Folder(config.images, config.labels, config.rules)
     gathered = gather(folder, catalogue, identity, opted_out, lambda done, total: progress("images", done, total))
-    if gathered.excluded:
-        erasure.erase(config.cache, set(), set(gathered.excluded))
+    _take_out(config, gathered, catalogue)
     return _decided(config, gathered, catalogue, identity)
 
 
 def _catalogue(config: SiteConfig, identity: Identity, opted_out: frozenset[bytes]) -> Catalogue:
     workers = config.toml.compute.threads
     return Catalogue(config.cache, identity, config.preset, config.image_size, workers, opted_out)
+
+
+def _take_out(config: SiteConfig, gathered: Gathered, catalogue: Catalogue) -> Erased:
+    """Delete what is kept of images whose patients only the label table names."""
+    if not gathered.excluded:
+        return Erased(0, 0, 0)
+    paths = [config.images / gathered.found.paths[place] for place in gathered.excluded]
+    gone = erasure.erase(config.cache, files=set(map(bytes, catalogue.keys(paths))))
+    catalogue.exclude(paths, list(gathered.excluded.values()))
+    return gone
 
 
 def _decided(config: SiteConfig, gathered: Gathered, catalogue: Catalogue, identity: Identity) -> Intake:
@@ -335,18 +346,24 @@ def _files(intake: Intake) -> tuple[FileFinding, ...]:
 def forget(config: SiteConfig, persons: set[bytes]) -> Erased:
     """Delete what is kept of the images of these persons, whatever preprocessing or trunk it was made for.
 
+    What is kept of files that are changed or gone goes as well, for it could be theirs; and so does everything if the
+    label table, which may name them, cannot be taken at its word. All of it can be made again.
+
     Args:
         config: the site; the persons are on its opt-out list already.
         persons: digests of `Identity.person`.
 
     Raises:
-        DataError: the label table, which may name these patients, cannot be taken at its word.
         CacheError: the cache cannot be written.
     """
+    gone = erasure.erase(config.cache, persons)
     identity = Identity(read_secret(config.secret))
-    named: set[bytes] = set()
+    catalogue = _catalogue(config, identity, frozenset(persons))
     folder = Folder(config.images, config.labels, config.rules)
-    if folder.table is not None and config.images.is_dir():
-        catalogue = _catalogue(config, identity, frozenset(persons))
-        named = set(gather(folder, catalogue, identity, frozenset(persons), unread=False).excluded)
-    return erasure.erase(config.cache, persons, named)
+    try:
+        gathered = gather(folder, catalogue, identity, frozenset(persons), unread=False)
+    except DataError:
+        return gone + erasure.erase(config.cache, present=set())
+    gone += _take_out(config, gathered, catalogue)
+    paths = [config.images / path for path in gathered.found.paths]
+    return gone + erasure.erase(config.cache, present=set(map(bytes, catalogue.keys(paths))))

@@ -38,6 +38,7 @@ class Named:
     path: str  # POSIX, relative to the data root
     keys: Mapping[str, bytes]  # kind of KEY_KINDS -> Identity.key(kind, value), 16 bytes; kinds without a value missing
     loose: bytes = b""  # Identity.loose_key("AccessionNumber", value); empty: none
+    usable: bool = True  # whether it gives an image; else that it names nothing says nothing
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,10 +1,10 @@
 """Rows of one fixed size on disk, found by a 32-byte key: the ground under the image cache and the feature cache.
 
-Two files make a store. `rows.bin` holds the rows, one behind the other. `index.bin` holds one record a row:
-its key, the CRC-32 of the row, and the CRC-32 of the record itself. A row counts only once its record is on disk,
-and rows reach the disk before their records do, so a process killed at any point leaves a store that is shorter
-than it could be and never wrong. A row whose bytes no longer match its CRC is left out when the store is opened
-and is written anew by whoever asks for it.
+Three files make a store. `rows.bin` holds the rows, one behind the other. `index.bin` holds one record a row: its key,
+the CRC-32 of the row, and the CRC-32 of the record itself. `width` says how many bytes a row has. A row counts only
+once its record is on disk, and rows reach the disk before their records do, so a process killed at any point leaves a
+store that is shorter than it could be and never wrong. A row whose bytes no longer match its CRC is left out when the
+store is opened and is written anew by whoever asks for it.
 
 Readers map `rows.bin`; a row is never changed in place, but rows of patients who were taken out are overwritten with
 zeros, and then their records. One writer at a time, held by a lock on `index.bin`.
@@ -24,17 +24,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import CacheError
+from common.files import write_atomic
 
 KEY_BYTES = 32
 _RECORD = np.dtype([("key", f"V{KEY_BYTES}"), ("row_crc", "<u4"), ("record_crc", "<u4")])
 _CHECKED_BYTES = KEY_BYTES + 4
+_WIDTH = "width"
 
 
 class RowStore:
     """An append-only store of rows of one dtype.
 
     Args:
-        folder: where the two files are, made if absent.
+        folder: where the files are, made if absent.
         row: the dtype of one row (a structured or sub-array dtype); a store holds one dtype for life, so the
             folder's name must depend on everything that decides it.
         verify: whether rows are checked when the store is opened; else their records alone are, and large stores open
@@ -60,6 +62,8 @@ class RowStore:
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("rows.bin", "index.bin"):
                 (folder / name).touch()
+            if not (folder / _WIDTH).exists():
+                write_atomic(folder / _WIDTH, f"{row.itemsize}\n".encode())
         except OSError as error:
             raise CacheError(f"the cache folder {folder} cannot be written ({error.strerror})") from None
         self._places: dict[bytes, int] = {}
@@ -192,10 +196,17 @@ def _overwrite(file: IO[bytes], places: list[int], size: int) -> None:
 
 
 def open_as_bytes(folder: Path) -> RowStore | None:
-    """Return a store whose kind of row is not known, its rows as bytes; None where there is none, or an empty one."""
-    index, rows = folder / "index.bin", folder / "rows.bin"
-    if not (index.is_file() and rows.is_file()):
+    """Return a store whose kind of row is not known, its rows as bytes; None where there is none.
+
+    The width is not guessed from the sizes of the files: a killed writer leaves rows that have no record.
+
+    Raises:
+        CacheError: what should be the width is no number.
+    """
+    try:
+        width = int((folder / _WIDTH).read_bytes())
+    except FileNotFoundError:
         return None
-    records = index.stat().st_size // _RECORD.itemsize
-    size = rows.stat().st_size // records if records else 0
-    return RowStore(folder, np.dtype(("u1", (size,))), verify=False) if size else None
+    except (OSError, ValueError):
+        raise CacheError(f"the cache in {folder} is damaged; delete that folder, it is made again") from None
+    return RowStore(folder, np.dtype(("u1", (width,))), verify=False)

@@ -20,7 +20,7 @@ import tempfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 
 from client.catalogue import Catalogue, Progress
 from client.cohort import Cohort, PixelSource
-from client.gathering import Folder, gather, nothing_usable
+from client.gathering import Folder, Gathered, gather, nothing_usable
 from client.identity import Identity
-from client.labels import Rules
+from client.labels import Labelled, Rules
 from client.preprocessing import preprocess_array, preprocessing_id
 from client.presets import ColourPolicy, Preset
 from client.secret import make_secret, read_secret
@@ -543,8 +543,10 @@ def _folder_pool(
     places, labelled = gathered.usable, gathered.labelled
     if labelled is None or not len(places):
         raise DataError(nothing_usable(gathered, root))
-    labels, label_names = gathered.labels(places), labelled.label_names
-    if names is not None and labels.ndim == 1:
+    if labelled.kind == "multi-label":
+        raise DataError(f"{root.name}: several labels an image are not supported yet: keep one label column")
+    labels, label_names = gathered.labels(places).astype(np.int64), labelled.label_names
+    if names is not None:
         labels, label_names = np.array([names.index(name) for name in label_names], np.int64)[labels], names
     digests = gathered.digests(places)
     quarantine, ignored = gathered.counts()
@@ -560,8 +562,17 @@ def _folder_pool(
         splits=None if None in splits else _split_numbers(np.asarray(splits)),
         quarantine=dict(sorted(quarantine.items())),
         ignored=dict(sorted(ignored.items())),
-        warnings=tuple(message for _, message in labelled.warnings),
+        warnings=(*(message for _, message in labelled.warnings), *_unmatched(gathered, labelled)),
     )
+
+
+def _unmatched(gathered: Gathered, labelled: Labelled) -> Iterator[str]:
+    """Yield what else was decided on the user's behalf."""
+    if labelled.unmatched_rows:
+        yield f"{labelled.unmatched_rows} of {labelled.rows} rows of the label table match no file"
+    nobody = int(gathered.nobody[gathered.usable].sum())
+    if nobody:
+        yield f"{nobody} images have a PatientID that stands for nobody: each is taken for a patient of its own"
 
 
 def _secret(cache: Path) -> bytes:

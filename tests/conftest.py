@@ -1,8 +1,13 @@
-"""A small real federation: three hospitals with pictures of blobs, a real backbone with random weights, no network."""
+"""A small real federation: three hospitals with pictures of blobs, a real backbone with random weights, no network.
+
+And, for what a hospital does alone, a ward: files on disk, a table of labels, a site.toml.
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,13 +15,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
+from PIL import Image
 
+from client import catalogue, intake
 from client.app import make_app as make_client_app
-from client.cohort import Cohort
+from client.cohort import SPLITS, Cohort
 from client.findings import FileFinding, Findings, Warned
+from client.pool import Read
+from client.records import RECORD, unpack
+from client.site_config import SiteConfig, read_site
+from client.worker import look
 from client.workshop import Workshop
 from common import checkpoint, model
 from common.model import Built
@@ -24,6 +36,7 @@ from common.run_config import RunConfig
 from server.app import make_app as make_server_app
 from server.coordinator import Coordinator, Outcome, Start
 from server.federation import Federation
+from simulations import encodings
 from simulations.grid import Fault, InProcessGrid, run_in_process
 from simulations.hospitals import open_in_process
 
@@ -281,5 +294,131 @@ def findings() -> Callable[..., Any]:
             ),
         }
         return Findings(**{**values, **changes})
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------- a hospital's own data
+
+
+def scan(seed: int, rows: int = 64, columns: int = 56, bits: int = 12) -> np.ndarray:
+    """Return a grey picture (rows, columns) unlike that of any other seed: soft blots, and a little noise."""
+    random = np.random.default_rng(seed)
+    knots = Image.fromarray(random.uniform(0.1, 0.9, (6, 6)).astype(np.float32))
+    plane = np.asarray(knots.resize((columns, rows), Image.Resampling.BICUBIC)) + random.normal(
+        0, 0.01, (rows, columns)
+    )
+    top = 2**bits - 1
+    return np.asarray(np.clip(plane * top, 0, top), np.uint8 if bits <= 8 else np.uint16)
+
+
+class InProcess:
+    """Reads files as a decoding process does, without starting one: for tests that read many times."""
+
+    def __init__(self, task: Any, workers: int | None = None) -> None:
+        self._task = task
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was started."""
+
+    def read(self, paths: Sequence[Path]) -> Any:
+        shape = {"grey": (1, self._task.size, self._task.size), "colour": (3, self._task.size, self._task.size)}
+        for number, path in enumerate(paths):
+            record, pixels = look(path, self._task, io.BytesIO())
+            entry = unpack(np.frombuffer(record, RECORD)[0])
+            image = np.frombuffer(pixels, np.uint8).reshape(shape[entry.kind]) if pixels else None
+            yield Read(number, entry, image)
+
+
+@dataclass
+class Ward:
+    """A hospital on disk: images, a table of labels, a site.toml and, once it was looked at, a state."""
+
+    folder: Path
+    secret: bytes = b"s" * 32
+
+    @property
+    def images(self) -> Path:
+        return self.folder / "images"
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state"
+
+    def dicom(self, name: str, pixels: Any, syntax: str = "raw", bits: int = 12, **elements: Any) -> Path:
+        """Write one DICOM file; numbers stand for the pictures of `scan`."""
+        path = self.images / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn = scan(pixels, bits=bits) if isinstance(pixels, int) else pixels
+        return encodings.write(path, drawn, bits, encodings.SYNTAXES[syntax], **elements)
+
+    def picture(self, name: str, pixels: Any, **options: Any) -> Path:
+        """Write a PNG, JPEG or TIFF."""
+        path = self.images / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn = scan(pixels, bits=8) if isinstance(pixels, int) else pixels
+        Image.fromarray(drawn).save(path, **options)
+        return path
+
+    def table(self, rows: Sequence[Mapping[str, object]], name: str = "labels.csv") -> Path:
+        """Write a table of labels."""
+        with (self.folder / name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        return self.folder / name
+
+    def site(self, **data: Any) -> SiteConfig:
+        """Write site.toml, with these keys of [data], and return it; the state is made if there is none."""
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+        labels = {"labels": "labels.csv"} if (self.folder / "labels.csv").exists() else {}
+        values = {"images": "images", "image_size": SIDE, **labels, **data}
+        whole = {"site": {"name": "st-anna"}, "data": values, "compute": {"threads": 1}}
+        (self.folder / "site.toml").write_text(tomli_w.dumps(whole), encoding="utf-8")
+        if not self.state.exists():
+            self.state.mkdir(mode=0o700)
+            secret = self.state / "secret"
+            secret.touch(mode=0o600)
+            secret.write_bytes(self.secret)
+        return read_site(self.folder / "site.toml")
+
+    def take_in(self, **data: Any) -> Any:
+        """Return the decided data."""
+        return intake.take_in(self.site(**data), lambda *_: None)
+
+    def examine(self, **data: Any) -> Findings:
+        """Return what is found."""
+        return intake.examine(self.site(**data), lambda *_: None)
+
+    def outcomes(self, **data: Any) -> dict[str, tuple[str, str]]:
+        """Return path -> status and code."""
+        return {file.path: (file.status, file.code) for file in self.examine(**data).files}
+
+    def splits(self, **data: Any) -> dict[str, str]:
+        """Return path -> split of the images in use."""
+        taken = self.take_in(**data)
+        paths = [taken.gathered.found.paths[place] for place in taken.places.tolist()]
+        return {path: SPLITS[split] for path, split in zip(paths, taken.splits.tolist(), strict=True)}
+
+
+@pytest.fixture
+def ward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ward:
+    """A hospital whose files are read within this process."""
+    monkeypatch.setattr(catalogue, "Pool", InProcess)
+    (tmp_path / "images").mkdir()
+    return Ward(tmp_path)
+
+
+@pytest.fixture
+def wards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ward]:
+    """Return a maker of further hospitals, by name."""
+    monkeypatch.setattr(catalogue, "Pool", InProcess)
+
+    def make(name: str, secret: bytes = b"s" * 32) -> Ward:
+        (tmp_path / name / "images").mkdir(parents=True)
+        return Ward(tmp_path / name, secret)
 
     return make

@@ -18,7 +18,7 @@ import pytest
 
 import client.intake
 import client.pacs
-from client import audit
+from client import audit, examination
 from client.cli import site
 from client.findings import FileFinding, Findings
 from client.identity import Identity
@@ -36,6 +36,7 @@ Run = Callable[..., tuple[int, str, str]]
 @dataclass(frozen=True)
 class Forgotten:
     images: int
+    features: int
     files: int
 
 
@@ -239,10 +240,55 @@ def test_a_site_without_state_or_secret(hospital: SiteConfig, run: Run, intake: 
     code, _, err = run("check", hospital.path, "--quiet")
     assert code == 2
     assert "missing" in err
+    assert not hospital.secret.exists()
     hospital.state.rename(hospital.state.with_name("gone"))
-    code, _, err = run("check", hospital.path, "--quiet")
+    (hospital.path.parent / "out.csv").write_text("4711\n")
+    code, _, err = run("forget", hospital.path.parent / "out.csv", "--site", hospital.path)
     assert code == 2
-    assert "consilium site init" in err
+    assert "consilium site check" in err
+    assert not hospital.state.exists()
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_check_makes_the_state_of_a_site_that_was_written_by_hand(
+    empty: bool, tmp_path: Path, run: Run, intake: Any
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "site.toml").write_text('[site]\nname = "st-anna"\nstate = "var/state"\n[data]\nimages = "images"\n')
+    state = tmp_path / "var" / "state"
+    if empty:
+        state.mkdir(mode=0o755, parents=True)
+    code, out, err = run("check", tmp_path / "site.toml", "--quiet", "--json")
+    assert (code, err.count("\n")) == (0, 1)
+    assert json.loads(out)["site"] == "st-anna"
+    assert "new site" in err
+    assert str(state) in err
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (state, state / "secret")] == [0o700, 0o600]
+    assert [entry.event for entry in audit.read(state / "audit.jsonl")] == ["init", "check"]
+    secret = (state / "secret").read_bytes()
+    assert len(secret) == 32
+    assert run("check", tmp_path / "site.toml", "--quiet", "--json")[2] == ""
+    assert (state / "secret").read_bytes() == secret
+
+
+@pytest.mark.parametrize("held", ["optout", "audit.jsonl", "cache", ".something"])
+def test_a_state_that_lost_its_secret_never_gets_another(held: str, tmp_path: Path, run: Run, intake: Any) -> None:
+    (tmp_path / "site.toml").write_text('[site]\nname = "a"\n[data]\nimages = "images"\n')
+    (tmp_path / "images").mkdir()
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / held).touch()
+    code, out, err = run("check", tmp_path / "site.toml", "--quiet")
+    assert (code, out) == (2, "")
+    assert "backup" in err
+    assert [path.name for path in (tmp_path / "state").iterdir()] == [held]
+
+
+def test_a_state_that_cannot_be_made(tmp_path: Path, run: Run, intake: Any) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "site.toml").write_text('[site]\nname = "a"\nstate = "file/state"\n[data]\nimages = "images"\n')
+    code, out, err = run("check", tmp_path / "site.toml")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "cannot be made" in err
 
 
 def test_check_pulls_first(hospital: SiteConfig, run: Run, intake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +325,7 @@ def test_forget(hospital: SiteConfig, run: Run, intake: Any, monkeypatch: pytest
         assert optout(config) >= persons  # the list comes first
         assert not (config.state / "check.html").exists()  # it may show their images
         seen.append(persons)
-        return Forgotten(5, 6)
+        return Forgotten(5, 7, 6)
 
     monkeypatch.setattr(client.intake, "forget", forget)
     assert run("check", hospital.path, "--quiet")[0] == 0
@@ -288,14 +334,14 @@ def test_forget(hospital: SiteConfig, run: Run, intake: Any, monkeypatch: pytest
     monkeypatch.chdir(hospital.path.parent)
     code, out, err = run("forget", patients, "--json")
     assert (code, err) == (0, "")
-    assert json.loads(out) == {"persons": 2, "new": 2, "images": 5, "files": 6}
+    assert json.loads(out) == {"persons": 2, "new": 2, "images": 5, "features": 7, "files": 6}
     who = Identity(read_secret(hospital.secret))
     assert seen == [{who.person("Doe^Jane"), who.person("19470113")}]
     code, out, _ = run("forget", patients, "--site", hospital.path)
     assert code == 0
     assert "Taken out" in out
     last = audit.read(hospital.audit)[-1]
-    assert (last.event, last.facts) == ("forget", {"persons": 2, "new": 0, "images": 5, "files": 6})
+    assert (last.event, last.facts) == ("forget", {"persons": 2, "new": 0, "images": 5, "features": 7, "files": 6})
     for canary in CANARIES:
         assert canary not in out
         assert canary.encode() not in hospital.audit.read_bytes() + hospital.optout.read_bytes()
@@ -309,9 +355,25 @@ def test_a_forgetting_that_dies_is_mended_by_another(
     assert run("forget", tmp_path / "out.csv", "--site", hospital.path)[0] == 1
     assert len(optout(hospital)) == 1
     assert [entry.event for entry in audit.read(hospital.audit)] == ["init"]
-    monkeypatch.setattr(client.intake, "forget", lambda *_: Forgotten(1, 1))
+    monkeypatch.setattr(client.intake, "forget", lambda *_: Forgotten(1, 1, 1))
     assert run("forget", tmp_path / "out.csv", "--site", hospital.path)[0] == 0
     assert len(optout(hospital)) == 1
+
+
+def test_forgetting_waits_for_an_examination_to_end(hospital: SiteConfig, run: Run, tmp_path: Path) -> None:
+    """Else the examination, which began before, would write the images and the page of who was forgotten."""
+    (tmp_path / "out.csv").write_text("4711\n")
+    arguments = ["site", "forget", str(tmp_path / "out.csv"), "--site", str(hospital.path)]
+    script = f"import sys; sys.argv[1:] = {arguments!r}; from common.cli import main; main()"
+    with examination.alone(hospital):
+        forgetting = subprocess.Popen([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE)
+        with pytest.raises(subprocess.TimeoutExpired):
+            forgetting.wait(timeout=3)
+        assert len(optout(hospital)) == 1
+        (hospital.state / "check.html").write_text("their images")
+    forgetting.communicate(timeout=30)
+    assert forgetting.returncode == 0
+    assert not (hospital.state / "check.html").exists()
 
 
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "PatientID\n"])
@@ -357,7 +419,7 @@ def test_nothing_of_a_path_or_a_table_gets_into_what_is_kept(
     for path in hospital.state.rglob("*"):
         for canary in CANARIES:
             assert canary not in path.name
-            assert canary.encode() not in path.read_bytes(), path
+            assert path.is_dir() or canary.encode() not in path.read_bytes(), path
 
 
 @pytest.mark.parametrize(

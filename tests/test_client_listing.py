@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.image import CODES
-from client.listing import IGNORED, list_files
+from client.image import CODES, IGNORED
+from client.listing import list_files
 from common.errors import DataError
 
 
@@ -30,7 +30,8 @@ def test_what_could_be_dicom_stays_and_the_rest_is_counted(tmp_path: Path) -> No
     found = list_files(tmp_path)
     assert sorted(found.paths) == sorted(kept)
     assert set(found.ignored) == {*other, *hidden}
-    assert {found.ignored[name] for name in other} == {"other_suffix"}
+    assert {name for name in other if found.ignored[name] == "directory"} == {"a/DICOMDIR", "a/dicomdir"}
+    assert {found.ignored[name] for name in other} == {"directory", "other_suffix"}
     assert {found.ignored[name] for name in hidden} == {"hidden"}
     assert set(found.ignored.values()) <= set(IGNORED)
     assert found.quarantine == {}

@@ -20,7 +20,7 @@ from PIL import Image
 from client.preprocessing import preprocess_array, preprocessing_id
 from client.presets import PRESETS
 from common.errors import ConfigError, ConsiliumError, DataError
-from simulations import datasets, phantoms
+from simulations import datasets, encodings, phantoms
 from simulations.annotation import Policy
 from simulations.datasets import ArraySource, load
 from simulations.splits import units
@@ -379,7 +379,7 @@ def test_a_failed_download_says_how_to_go_on_offline_and_leaves_nothing(tmp_path
         "import socket, sys, warnings; from pathlib import Path; sys.path.insert(0, '.')\n"
         "def refuse(*_, **__): raise OSError('no network')\n"
         "socket.getaddrinfo = refuse\n"
-        "from client.preprocessing import PRESETS; from common.errors import ConsiliumError\n"
+        "from client.presets import PRESETS; from common.errors import ConsiliumError\n"
         "from simulations.datasets import load; root, preset = Path(sys.argv[1]), PRESETS['generic']\n"
         "try: load('breastmnist', data_root=root, cache=root, preset=preset, image_size=8, seed=0, sites=3)\n"
         "except ConsiliumError as error: sys.stdout.write(str(error))\n"
@@ -401,7 +401,7 @@ def test_names_cost_no_import_of_medmnist_or_torch(tmp_path):
     (tmp_path / "data").mkdir()
     written(tmp_path / "data", medmnist(), "pneumoniamnist.npz")
     code = (
-        "import sys; sys.path.insert(0, '.'); from pathlib import Path; from client.preprocessing import PRESETS\n"
+        "import sys; sys.path.insert(0, '.'); from pathlib import Path; from client.presets import PRESETS\n"
         "from simulations.datasets import load; root = Path(sys.argv[1])\n"
         "preset = PRESETS['generic']\n"
         "load('pneumoniamnist', data_root=root, cache=root, preset=preset, image_size=8, seed=0, sites=3)\n"
@@ -415,8 +415,8 @@ def folder_of(root, count=24, **columns):
     root.mkdir()
     rows = []
     for number, image in enumerate(images_of(count)):
-        Image.fromarray(image).save(root / f"{number}.png")
-        row = {"path": f"{number}.png", "label": ("scar", "normal")[number % 2]}
+        Image.fromarray(image).save(root / f"{number:02d}.png")
+        row = {"path": f"{number:02d}.png", "label": ("scar", "normal")[number % 2]}
         rows.append(row | {name: values[number] for name, values in columns.items()})
     with (root / "manifest.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -442,7 +442,7 @@ def test_a_folder_with_a_manifest(tmp_path):
 
 def test_a_folder_without_splits_and_a_file_that_cannot_be_read(tmp_path):
     root = folder_of(tmp_path / "images")
-    (root / "3.png").write_bytes(b"not an image")
+    (root / "03.png").write_bytes(b"not an image")
     data = read(root, tmp_path)
     assert len(data.cohort) == 23 and sum(data.cohort.quarantine.values()) == 1
     assert data.cohort.support("train").min() > 0 and data.sites is None
@@ -451,12 +451,42 @@ def test_a_folder_without_splits_and_a_file_that_cannot_be_read(tmp_path):
 def test_sites_and_quarantine_fit_what_is_left_after_duplicates_are_dropped(tmp_path):
     splits = (["train"] * 8 + ["val"] * 2 + ["test"] * 2) * 2
     root = folder_of(tmp_path / "images", split=splits, site=[f"s{number:02d}" for number in range(24)])
-    (root / "0.png").write_bytes((root / "11.png").read_bytes())
-    (root / "3.png").write_bytes(b"not an image")
+    (root / "00.png").write_bytes((root / "11.png").read_bytes())
+    (root / "03.png").write_bytes(b"not an image")
     data = read(root, tmp_path)
     assert data.dropped == {"duplicate_across_splits": 1}
     assert sum(data.cohort.quarantine.values()) == 1 and len(data.cohort) == 22
     assert data.sites == tuple(f"s{number:02d}" for number in range(24) if number not in (0, 3))
+
+
+def test_a_folder_of_dicom_with_a_manifest_is_read_as_a_hospital_reads_it(tmp_path):
+    root, rows = tmp_path / "mixed", [["path", "label", "site"]]
+    root.mkdir()
+    for number, name in enumerate([*(f"P{n // 2}" for n in range(20)), "ANON", ""]):
+        syntax = list(encodings.LOSSLESS.values())[number % len(encodings.LOSSLESS)]
+        encodings.write(root / f"{number:02d}", images_of(1, 64, number)[0], 8, syntax, PatientID=name)
+        rows.append([f"{number:02d}", ("scar", "normal")[number // 2 % 2], "north"])
+    Image.fromarray(images_of(1, 64, 99)[0]).save(root / "90.png")
+    (root / "91").write_bytes((root / "00").read_bytes()[:-99])
+    rows += [["90.png", "scar", "north"], ["91", "scar", "north"], ["gone.dcm", "scar", "north"]]
+    with (root / "manifest.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    data = read(root, tmp_path)
+    assert len(data.cohort) == 23 and data.sites == ("north",) * 23
+    assert data.cohort.quarantine == {"damaged": 1} and data.ignored == {"other_suffix": 1}
+    assert len(np.unique(data.cohort.patients)) == 13
+    assert any("1 of 25 rows" in text for text in data.warnings)  # reported, and not as a file that is missing
+    assert any("2 images have a PatientID that stands for nobody" in text for text in data.warnings)
+    again = read(root, tmp_path)
+    assert np.array_equal(again.cohort.digests, data.cohort.digests)
+
+
+def test_a_folder_with_several_labels_an_image_is_refused(tmp_path):
+    root = folder_of(tmp_path / "images")
+    rows = ["path,edema,effusion", *(f"{number:02d}.png,{number % 2},{number // 2 % 2}" for number in range(24))]
+    (root / "manifest.csv").write_text("\n".join(rows))
+    with pytest.raises(DataError, match="several labels an image are not supported yet"):
+        read(root, tmp_path)
 
 
 @pytest.mark.slow
