@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom import uid
-from pydicom.encaps import get_frame
+from pydicom.encaps import encapsulate, generate_fragments, get_frame, parse_basic_offsets
 from pydicom.pixels import get_decoder
 from pydicom.uid import UID
 
-from client.codestream import Announced, announced
+from client.codestream import Announced, Coding, announced
 from client.image import Unreadable
 
 PLUGINS: Mapping[str, tuple[str, ...]] = {
@@ -51,7 +51,14 @@ NATIVE = frozenset(
     )
 )
 _CODESTREAMS = frozenset(PLUGINS) - {uid.RLELossless}
-_PILLOW_JPEG = frozenset((uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit))
+_SYNTAXES: Mapping[Coding, tuple[UID, ...]] = {
+    "jpeg": (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit),
+    "jpeg-lossless": (uid.JPEGLosslessSV1, uid.JPEGLossless),
+    "jpeg-ls": (uid.JPEGLSLossless, uid.JPEGLSNearLossless),
+    "jpeg-2000": (uid.JPEG2000Lossless, *uid.JPEG2000TransferSyntaxes),
+}
+"""What a codestream turns out to be -> the syntaxes that may name it, the first of which reads all of them."""
+
 _OWN_PRECISION = frozenset((*uid.JPEGLSTransferSyntaxes, *uid.JPEG2000TransferSyntaxes))
 
 
@@ -127,47 +134,108 @@ def read_frame(element: Element, layout: Layout, index: int) -> Frame:
         raise Unreadable("unsupported_syntax")
     if element.length != -1:  # as long as an uncompressed image: the syntax in the header is wrong
         raise Unreadable("damaged")
+    content = _content(element, layout, index)
     if element.syntax not in _CODESTREAMS:
-        return _decoded(b"", None, element, layout, index)
-    element.file.seek(element.offset)
-    content = get_frame(element.file, index, number_of_frames=layout.frames, extended_offsets=element.offsets)
+        return _decoded(content, None, element.syntax, layout)
     said = announced(content)
-    if said and (said.rows, said.columns, said.components) != (layout.rows, layout.columns, layout.samples):
+    if said is None or said.bits > layout.allocated:
         raise Unreadable("damaged")
-    return _decoded(content, said, element, layout, index)
+    if (said.rows, said.columns, said.components) != (layout.rows, layout.columns, layout.samples):
+        raise Unreadable("damaged")
+    return _decoded(content, said, _true_syntax(element.syntax, said), layout)
+
+
+def _content(element: Element, layout: Layout, index: int) -> bytes:
+    """Return one frame as it is compressed; of a single one all fragments, whatever tables of offsets say."""
+    element.file.seek(element.offset)
+    if layout.frames > 1:
+        return get_frame(element.file, index, number_of_frames=layout.frames, extended_offsets=element.offsets)
+    parse_basic_offsets(element.file)
+    return b"".join(generate_fragments(element.file))
+
+
+def _true_syntax(declared: UID, said: Announced) -> UID:
+    """Return the syntax of a codestream, which is not always the declared one."""
+    known = _SYNTAXES[said.coding]
+    if said.coding == "jpeg" and said.bits > 8:
+        return uid.JPEGExtended12Bit
+    return declared if declared in known else known[0]
 
 
 def _native(element: Element, layout: Layout, index: int) -> Frame:
-    if element.length == -1:
-        raise Unreadable("damaged")
+    """Read an uncompressed frame; other frames and what lies behind the element are not touched."""
+    little = element.syntax != uid.ExplicitVRBigEndian
+    if layout.allocated == 1:
+        return Frame(_packed(element, layout, index), layout.photometric)
     colours = layout.photometric
-    whole = layout.rows * layout.columns * layout.samples * layout.frames
+    dtype = np.dtype(f"{'<' if little else '>'}{_letter(layout)}{layout.allocated // 8}")
+    samples = layout.rows * layout.columns * layout.samples
     halved = colours.endswith("_422") and layout.samples == 3
-    if halved and element.length >= whole:  # not subsampled, whatever it says
+    if halved and element.length >= samples * dtype.itemsize * layout.frames:  # not subsampled, whatever it says
         colours, halved = colours.removesuffix("_422"), False
-    reader = get_decoder(element.syntax)
-    element.file.seek(element.offset)
-    values, _ = reader.as_array(
-        element.file,
-        index=index,
-        raw=True,
-        view_only=True,
-        correct_unused_bits=False,
-        pixel_vr=element.vr,
-        **_options(layout, photometric="YBR_FULL_422" if halved else ("RGB" if layout.samples == 3 else None)),
-    )
-    return Frame(_within_bits(values, layout), colours)
+    if halved:
+        samples = samples // 3 * 2
+    length = samples * dtype.itemsize
+    swapped = not little and dtype.itemsize == 1 and element.vr == "OW"  # bytes in words (PS3.5, 8.1.1)
+    values = np.frombuffer(_bytes(element, index * length, length, swapped), dtype)
+    return Frame(_within_bits(_whole(values, layout) if halved else _shaped(values, layout), layout), colours)
 
 
-def _options(layout: Layout, photometric: str | None = None) -> dict[str, Any]:
+def _letter(layout: Layout) -> str:
+    return "f" if layout.keyword != "PixelData" else "i" if layout.signed else "u"
+
+
+def _bytes(element: Element, start: int, length: int, swapped: bool = False) -> bytes:
+    """Return part of the pixel data.
+
+    Raises:
+        Unreadable: `damaged`: the element, or the file, ends before.
+    """
+    first, last = (start - start % 2, start + length + (start + length) % 2) if swapped else (start, start + length)
+    if last > element.length:
+        raise Unreadable("damaged")
+    element.file.seek(element.offset + first)
+    content = element.file.read(last - first)
+    if swapped:
+        content = np.frombuffer(content, "u2").byteswap().tobytes()[start - first :][:length]
+    if len(content) != length:
+        raise Unreadable("damaged")
+    return content
+
+
+def _packed(element: Element, layout: Layout, index: int) -> NDArray[np.uint8]:
+    """Return a frame of one bit a pixel, the first in the lowest bit; frames need not begin with a byte."""
+    pixels = layout.rows * layout.columns
+    start, end = index * pixels // 8, -(-(index + 1) * pixels // 8)
+    swapped = element.syntax == uid.ExplicitVRBigEndian and element.vr == "OW"
+    bits = np.unpackbits(np.frombuffer(_bytes(element, start, end - start, swapped), np.uint8), bitorder="little")
+    skipped = index * pixels - 8 * start
+    return bits[skipped : skipped + pixels].reshape(layout.rows, layout.columns)
+
+
+def _shaped(values: NDArray[Any], layout: Layout) -> NDArray[Any]:
+    if layout.samples == 1:
+        return values.reshape(layout.rows, layout.columns)
+    if layout.planar:
+        return values.reshape(layout.samples, layout.rows, layout.columns).transpose(1, 2, 0)
+    return values.reshape(layout.rows, layout.columns, layout.samples)
+
+
+def _whole(values: NDArray[Any], layout: Layout) -> NDArray[Any]:
+    """Return each pixel's Y B R of pairs that are stored as Y Y B R (PS3.3, C.7.6.3.1.2)."""
+    pairs = values.reshape(-1, 4)[:, [0, 2, 3, 1, 2, 3]]
+    return pairs.reshape(layout.rows, layout.columns, 3)
+
+
+def _options(layout: Layout) -> dict[str, Any]:
     return {
         "rows": layout.rows,
         "columns": layout.columns,
-        "number_of_frames": layout.frames,
+        "number_of_frames": 1,
         "samples_per_pixel": layout.samples,
         "bits_allocated": layout.allocated,
         "bits_stored": layout.stored,
-        "photometric_interpretation": photometric or layout.photometric,
+        "photometric_interpretation": layout.photometric,
         "pixel_representation": int(layout.signed),
         "planar_configuration": layout.planar,
         "pixel_keyword": layout.keyword,
@@ -191,14 +259,15 @@ def _within_bits(values: NDArray[Any], layout: Layout) -> NDArray[Any]:
 def fits(values: NDArray[Any], layout: Layout) -> bool:
     """Return whether the values are within BitsStored."""
     half = 2 ** (layout.stored - 1)
-    low, high = (-half, half - 1) if layout.signed else (0, 2 * half - 1)
-    return bool(values.max(initial=low) <= high and values.min(initial=high) >= low)
+    if not layout.signed:
+        return bool(values.max() < 2 * half)
+    return bool(values.max() < half and values.min() >= -half)
 
 
-def _decoded(content: bytes, said: Announced | None, element: Element, layout: Layout, index: int) -> Frame:
+def _decoded(content: bytes, said: Announced | None, syntax: UID, layout: Layout) -> Frame:
     """Try the decoders of a syntax in their order; the first one's failure is what is raised."""
     failure: BaseException | None = None
-    for attempt in _attempts(content, said, element, layout, index):
+    for attempt in _attempts(content, said, syntax, layout):
         try:
             return attempt()
         except (MemoryError, KeyboardInterrupt, SystemExit):
@@ -208,35 +277,28 @@ def _decoded(content: bytes, said: Announced | None, element: Element, layout: L
     raise failure or Unreadable("unsupported_syntax")
 
 
-def _attempts(
-    content: bytes, said: Announced | None, element: Element, layout: Layout, index: int
-) -> list[Callable[[], Frame]]:
-    syntax, bits = element.syntax, said.bits if said else layout.stored
+def _attempts(content: bytes, said: Announced | None, syntax: UID, layout: Layout) -> list[Callable[[], Frame]]:
     attempts: list[Callable[[], Frame]] = []
-    if syntax in _PILLOW_JPEG and bits <= 8:
-        attempts.append(partial(_jpeg, content, layout))
-    if syntax == uid.JPEGExtended12Bit and bits > 8:
-        attempts.append(partial(_gdcm, content, syntax, layout))
+    if said and said.coding == "jpeg":
+        attempts.append(partial(_jpeg, content, layout) if said.bits <= 8 else partial(_gdcm, content, syntax, layout))
     plugins = get_decoder(syntax).available_plugins
     return attempts + [
-        partial(_plugin, name, said, element, layout, index) for name in PLUGINS[syntax] if name in plugins
+        partial(_plugin, name, content, said, syntax, layout) for name in PLUGINS[syntax] if name in plugins
     ]
 
 
-def _plugin(name: str, said: Announced | None, element: Element, layout: Layout, index: int) -> Frame:
-    element.file.seek(element.offset)
-    own_precision = element.syntax in _OWN_PRECISION
-    values, properties = get_decoder(element.syntax).as_array(
-        element.file,
-        index=index,
+def _plugin(name: str, content: bytes, said: Announced | None, syntax: UID, layout: Layout) -> Frame:
+    own_precision = syntax in _OWN_PRECISION
+    values, properties = get_decoder(syntax).as_array(
+        encapsulate([content], has_bot=False),
+        index=0,
         raw=True,
         decoding_plugin=name,
         **({} if own_precision else {"correct_unused_bits": False}),
-        **({"extended_offsets": element.offsets} if element.offsets else {}),
         **_options(layout),
     )
     colours = str(properties["photometric_interpretation"])
-    if element.syntax in uid.JPEG2000TransferSyntaxes and layout.samples == 3 and said and said.transformed:
+    if said and said.transformed and layout.samples == 3:
         colours = "RGB"
     return Frame(values if own_precision else _within_bits(values, layout), colours)
 

@@ -29,6 +29,8 @@ LOSSY: dict[str, UID] = {"jpeg": uid.JPEGBaseline8Bit, "jpeg-2000-lossy": uid.JP
 
 SYNTAXES: dict[str, UID] = {**LOSSLESS, **LOSSY}
 
+_ENCODERS = {uid.RLELossless: "pylibjpeg", uid.JPEGLSLossless: "pyjpegls", uid.JPEG2000Lossless: "pylibjpeg"}
+
 
 def film(rows: int, columns: int, bits: int, seed: int = 0) -> NDArray[Any]:
     """Return a grey image with the statistics of a radiograph: smooth shapes and noise, (rows, columns)."""
@@ -82,8 +84,8 @@ def write(path: Path, pixels: NDArray[Any], bits: int, syntax: UID, **elements: 
     elif syntax == uid.JPEG2000:
         data.compress(syntax, j2k_cr=[10], encoding_plugin="pylibjpeg")
     elif syntax.is_encapsulated:
-        data.compress(syntax)
-    elif syntax == uid.ExplicitVRBigEndian and pixels.dtype.itemsize == 2:
+        data.compress(syntax, encoding_plugin=_ENCODERS[syntax])
+    elif syntax == uid.ExplicitVRBigEndian and pixels.dtype.itemsize > 1:
         data.PixelData = pixels.byteswap().tobytes()
         data["PixelData"].VR = "OW"
     data.file_meta.TransferSyntaxUID = syntax
