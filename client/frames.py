@@ -50,7 +50,6 @@ NATIVE = frozenset(
         uid.DeflatedExplicitVRLittleEndian,
     )
 )
-_CODESTREAMS = frozenset(PLUGINS) - {uid.RLELossless}
 _SYNTAXES: Mapping[Coding, tuple[UID, ...]] = {
     "jpeg": (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit),
     "jpeg-lossless": (uid.JPEGLosslessSV1, uid.JPEGLossless),
@@ -59,6 +58,8 @@ _SYNTAXES: Mapping[Coding, tuple[UID, ...]] = {
 }
 """What a codestream turns out to be -> the syntaxes that may name it, the first of which reads all of them."""
 
+_END = b"\xff\xd9"
+_VRS = (b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"UN")
 _OWN_PRECISION = frozenset((*uid.JPEGLSTransferSyntaxes, *uid.JPEG2000TransferSyntaxes))
 
 
@@ -99,25 +100,24 @@ class Frame:
     colours: str  # photometric interpretation of `values`; RGB where a decoder undid the transform
 
 
-def locate(file: BinaryIO, *, implicit: bool, little: bool) -> tuple[int, str, int] | None:
+def locate(file: BinaryIO, *, little: bool) -> tuple[int, str, int] | None:
     """Return tag, VR and length of the pixel data element that the file is positioned at; None at its end.
 
-    The position moves to the value. The length is -1 for encapsulated data. Source: PS3.5, 7.1.
+    Whether the element names its VR is seen from the element, for files do not always keep to what they declare: as a
+    length, the VRs of pixel data would be odd. The position moves to the value, the length is -1 for encapsulated data.
+    Source: PS3.5, 7.1.
     """
     order = "<" if little else ">"
     head = file.read(8)
     if len(head) < 8:
         return None
     group, element = struct.unpack(f"{order}HH", head[:4])
-    if implicit:
-        vr, length = "OW", struct.unpack(f"{order}L", head[4:])[0]
-    else:
-        vr = head[4:6].decode("ascii", "replace")
-        long = vr in ("OB", "OW", "OF", "OD", "OL", "OV", "UN")
-        rest = file.read(4) if long else b""
-        if long and len(rest) < 4:
-            return None
-        length = struct.unpack(f"{order}L", rest)[0] if long else struct.unpack(f"{order}H", head[6:])[0]
+    vr = "OW"
+    if head[4:6] in _VRS:
+        vr, head = head[4:6].decode(), head[4:] + file.read(4)
+    if len(head) < 8:
+        return None
+    length = struct.unpack(f"{order}L", head[4:])[0]
     return group << 16 | element, vr, -1 if length == 0xFFFFFFFF else length
 
 
@@ -128,20 +128,19 @@ def read_frame(element: Element, layout: Layout, index: int) -> Frame:
         Unreadable: no decoder for the syntax, or pixel data that contradict the header.
         BaseException: whatever the decoders raise on damaged data; `decoding.decode` maps it.
     """
-    if element.syntax in NATIVE:
-        return _native(element, layout, index)
-    if element.syntax not in PLUGINS:
+    if element.syntax not in PLUGINS and element.syntax not in NATIVE:
         raise Unreadable("unsupported_syntax")
-    if element.length != -1:  # as long as an uncompressed image: the syntax in the header is wrong
-        raise Unreadable("damaged")
+    if element.length != -1:  # not compressed, whatever the syntax says
+        return _native(element, layout, index)
     content = _content(element, layout, index)
-    if element.syntax not in _CODESTREAMS:
+    if element.syntax == uid.RLELossless:
         return _decoded(content, None, element.syntax, layout)
     said = announced(content)
     if said is None or said.bits > layout.allocated:
         raise Unreadable("damaged")
     if (said.rows, said.columns, said.components) != (layout.rows, layout.columns, layout.samples):
         raise Unreadable("damaged")
+    content = _ended(content) if said.coding == "jpeg-ls" else content
     return _decoded(content, said, _true_syntax(element.syntax, said), layout)
 
 
@@ -154,6 +153,11 @@ def _content(element: Element, layout: Layout, index: int) -> bytes:
     return b"".join(generate_fragments(element.file))
 
 
+def _ended(content: bytes) -> bytes:
+    """Return a codestream with an end-of-image marker: CharLS searches for seconds where there is none."""
+    return content if content.rstrip(b"\0").endswith(_END) else content + _END
+
+
 def _true_syntax(declared: UID, said: Announced) -> UID:
     """Return the syntax of a codestream, which is not always the declared one."""
     known = _SYNTAXES[said.coding]
@@ -163,7 +167,12 @@ def _true_syntax(declared: UID, said: Announced) -> UID:
 
 
 def _native(element: Element, layout: Layout, index: int) -> Frame:
-    """Read an uncompressed frame; other frames and what lies behind the element are not touched."""
+    """Read an uncompressed frame; other frames and what lies behind the element are not touched.
+
+    A file that names a compression and holds none is read if its length is exactly that of its frames.
+    """
+    if element.syntax not in NATIVE and element.length - _bytes_of(layout) not in (0, 1):
+        raise Unreadable("damaged")
     little = element.syntax != uid.ExplicitVRBigEndian
     if layout.allocated == 1:
         return Frame(_packed(element, layout, index), layout.photometric)
@@ -179,6 +188,10 @@ def _native(element: Element, layout: Layout, index: int) -> Frame:
     swapped = not little and dtype.itemsize == 1 and element.vr == "OW"  # bytes in words (PS3.5, 8.1.1)
     values = np.frombuffer(_bytes(element, index * length, length, swapped), dtype)
     return Frame(_within_bits(_whole(values, layout) if halved else _shaped(values, layout), layout), colours)
+
+
+def _bytes_of(layout: Layout) -> int:
+    return -(-layout.rows * layout.columns * layout.samples * layout.frames * layout.allocated // 8)
 
 
 def _letter(layout: Layout) -> str:
