@@ -27,8 +27,8 @@ from client.codestream import Announced, Coding, announced
 from client.image import Unreadable
 
 PLUGINS: Mapping[str, tuple[str, ...]] = {
-    uid.JPEGBaseline8Bit: ("gdcm",),
-    uid.JPEGExtended12Bit: ("gdcm", "pylibjpeg"),
+    uid.JPEGBaseline8Bit: ("pylibjpeg",),
+    uid.JPEGExtended12Bit: ("pylibjpeg",),
     uid.JPEGLossless: ("gdcm", "pylibjpeg"),
     uid.JPEGLosslessSV1: ("gdcm", "pylibjpeg"),
     uid.JPEGLSLossless: ("pyjpegls", "gdcm"),
@@ -40,7 +40,11 @@ PLUGINS: Mapping[str, tuple[str, ...]] = {
     uid.HTJ2K: ("pylibjpeg",),
     uid.RLELossless: ("pylibjpeg", "pydicom"),
 }
-"""Transfer syntax -> decoders, the next one tried where the one before fails; those of another licence if installed."""
+"""Transfer syntax -> decoders, the next one tried where the one before fails; those of another licence if installed.
+
+Before them Pillow tries 8-bit JPEG, and GDCM deeper one. GDCM is no second opinion on 8-bit JPEG, for there it ends the
+process where Pillow says that a frame is damaged.
+"""
 
 NATIVE = frozenset(
     (
@@ -317,26 +321,37 @@ def _plugin(name: str, content: bytes, said: Announced | None, syntax: UID, layo
 
 
 def _jpeg(content: bytes, layout: Layout) -> Frame:
-    """Decode 8-bit JPEG with Pillow, before its colour transform where there was one.
-
-    An Adobe marker says whether components were transformed; else a JFIF marker or the header does.
-    """
+    """Decode 8-bit JPEG with Pillow, before its colour transform where there was one."""
     with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
         if image.mode not in ("L", "RGB"):
             raise Unreadable("unsupported_image")
         colours = layout.photometric
         if image.mode == "RGB":
-            transform = image.info.get("adobe_transform")
-            if transform == 0:
-                colours = "RGB"
-            else:
+            colours = _jpeg_colours(image, layout)
+            if not _is_taken_for_rgb(image):
                 image.draft("YCbCr", image.size)
-                if "jfif" in image.info or transform:
-                    colours = "YBR_FULL"
         values = np.asarray(image)
     if layout.signed:
         values = values.view(np.int8)
     return Frame(values.astype(f"{'i' if layout.signed else 'u'}{layout.allocated // 8}", copy=False), colours)
+
+
+def _jpeg_colours(image: Any, layout: Layout) -> str:
+    """Return what the components of a JPEG are: an Adobe marker says it, else their names, a JFIF marker, the header."""
+    transform = image.info.get("adobe_transform")
+    if transform == 0 or (transform is None and _names(image) in (b"RGB", b"rgb")):
+        return "RGB"
+    return "YBR_FULL" if transform or "jfif" in image.info else layout.photometric
+
+
+def _is_taken_for_rgb(image: Any) -> bool:
+    """Return whether libjpeg itself takes the components for RGB (its `default_decompress_parms`)."""
+    transform = image.info.get("adobe_transform")
+    return "jfif" not in image.info and (transform == 0 or (transform is None and _names(image) == b"RGB"))
+
+
+def _names(image: Any) -> bytes:
+    return bytes(component[0] for component in image.layer)
 
 
 def _gdcm(content: bytes, syntax: UID, layout: Layout) -> Frame:

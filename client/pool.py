@@ -112,6 +112,12 @@ class Pool:
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         self._deaths = 0
+        self.started = 0
+
+    @property
+    def alive(self) -> int:
+        """The processes that there are now; `started` counts those that there have been."""
+        return len(self._workers)
 
     def __enter__(self) -> Pool:
         return self
@@ -171,6 +177,7 @@ class Pool:
         worker.send(SIZE.pack(self._limits.memory))
         worker.send(self._task.text())
         self._workers.append(worker)
+        self.started += 1
         self._selector.register(worker.source, selectors.EVENT_READ, worker)
 
     def _patience(self) -> float:

@@ -256,44 +256,65 @@ def test_jpeg_2000_without_a_transform_holds_what_is_said(tmp_path: Path, rgb: n
     assert np.abs(shown_rgb(path) - rgb).max() <= 3
 
 
-def _marked(content: bytes, marker: bytes) -> bytes:
-    """Take the JFIF block out of a JPEG and put another one in its place."""
-    assert content[2:4] == b"\xff\xe0"
-    return content[:2] + marker + content[4 + int.from_bytes(content[4:6], "big") :]
-
-
 ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"
+JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+
+
+def frame_of(pixels: np.ndarray, names: bytes, markers: bytes) -> bytes:
+    """A JPEG whose three components are stored as they are given, under these names, behind these markers."""
+    stored = io.BytesIO()
+    Image.fromarray(pixels).save(stored, "JPEG", quality=100, keep_rgb=True)
+    content = stored.getvalue()
+    adobe = content.index(ADOBE[:4])
+    content = content[:adobe] + markers + content[adobe + 16 :]
+    for marker, step in ((b"\xff\xc0", 10), (b"\xff\xda", 5)):
+        width = 3 if step == 10 else 2
+        at = content.index(marker) + step
+        for number in range(3):
+            assert content[at + width * number] == b"RGB"[number]
+            place = at + width * number
+            content = content[:place] + names[number : number + 1] + content[place + 1 :]
+    return content
 
 
 @pytest.mark.parametrize(
-    ("marker", "said", "stored_as"),
+    ("markers", "names", "said", "stored_as"),
     [
-        (None, "YBR_FULL_422", "ybr"),
-        (None, "RGB", "ybr"),  # JFIF means YBR, whatever the header says
-        (ADOBE + b"\1", "RGB", "ybr"),
-        (ADOBE + b"\1", "YBR_FULL", "ybr"),
-        (b"", "YBR_FULL_422", "ybr"),
-        (ADOBE + b"\0", "RGB", "rgb"),
-        (ADOBE + b"\0", "YBR_FULL_422", "rgb"),  # Adobe says that nothing was transformed
-        (b"", "RGB", "rgb"),
+        (JFIF, b"\1\2\3", "YBR_FULL_422", "ybr"),
+        (JFIF, b"\1\2\3", "RGB", "ybr"),  # JFIF means YBR, whatever the header says
+        (ADOBE + b"\1", b"\1\2\3", "RGB", "ybr"),
+        (ADOBE + b"\1", b"RGB", "YBR_FULL", "ybr"),
+        (b"", b"\1\2\3", "YBR_FULL_422", "ybr"),
+        (b"", b"\1\2\3", "YBR_FULL", "ybr"),
+        (ADOBE + b"\0", b"\1\2\3", "RGB", "rgb"),
+        (ADOBE + b"\0", b"RGB", "YBR_FULL_422", "rgb"),  # Adobe says that nothing was transformed
+        (JFIF + ADOBE + b"\0", b"\1\2\3", "RGB", "rgb"),
+        (b"", b"\1\2\3", "RGB", "rgb"),  # nothing but the header says
+        (b"", b"\0\1\2", "RGB", "rgb"),
+        (b"", b"RGB", "RGB", "rgb"),
+        (b"", b"RGB", "YBR_FULL_422", "rgb"),
+        (b"", b"rgb", "YBR_FULL_422", "rgb"),
+        (JFIF, b"RGB", "YBR_FULL_422", "rgb"),
     ],
 )
-def test_jpeg_colours(tmp_path: Path, rgb: np.ndarray, marker: bytes | None, said: str, stored_as: str) -> None:
-    content = jpeg(rgb, 100)
-    if stored_as == "rgb":  # the components are red, green and blue themselves
-        stored = io.BytesIO()
-        Image.fromarray(rgb).save(stored, "JPEG", quality=100, keep_rgb=True)
-        content = stored.getvalue()
-    frame = content if marker is None else (_marked(content, marker) if stored_as == "ybr" else content)
-    if stored_as == "rgb" and marker:
-        at = content.index(ADOBE[:4])
-        assert content[at : at + len(marker)][:9] == marker[:9]
-    elif stored_as == "rgb":
-        at = content.index(ADOBE[:4])
-        frame = content[:at] + content[at + 16 :]
-    data = encapsulated(rgb, 8, uid.JPEGBaseline8Bit, encapsulate([frame]), PhotometricInterpretation=said)
+def test_jpeg_colours(
+    tmp_path: Path, rgb: np.ndarray, markers: bytes, names: bytes, said: str, stored_as: str
+) -> None:
+    stored = rgb if stored_as == "rgb" else ybr_of(rgb)
+    content = encapsulate([frame_of(stored, names, markers)])
+    data = encapsulated(rgb, 8, uid.JPEGBaseline8Bit, content, PhotometricInterpretation=said)
     path = save(data, tmp_path / "a", uid.JPEGBaseline8Bit)
-    assert np.abs(shown_rgb(path) - rgb).mean() <= 3
+    assert np.abs(shown_rgb(path) - rgb).max() <= 8
+    whole = encapsulate([frame_of(stored, b"RGB", ADOBE + b"\0")])  # the values before any transform
+    plain = encapsulated(rgb, 8, uid.JPEGBaseline8Bit, whole, PhotometricInterpretation="RGB")
+    assert sha256_of(path) == sha256_of(save(plain, tmp_path / "b", uid.JPEGBaseline8Bit))
+
+
+def test_jpeg_with_halved_colour(tmp_path: Path, rgb: np.ndarray) -> None:
+    data = encapsulated(
+        rgb, 8, uid.JPEGBaseline8Bit, encapsulate([jpeg(rgb, 95)]), PhotometricInterpretation="YBR_FULL_422"
+    )
+    assert np.abs(shown_rgb(save(data, tmp_path / "a", uid.JPEGBaseline8Bit)) - rgb).mean() <= 3
 
 
 # --- palettes -------------------------------------------------------------------------------------------------
