@@ -1,8 +1,9 @@
 """The stored values of one frame of a DICOM file: which decoder reads it, in which order they are tried, and no more.
 
 The order is a choice for speed and correctness by transfer syntax, measured on what pydicom ships and on drawn films;
-the automatic one is that of registration. Pillow reads baseline JPEG here directly, so that the values before the
-colour transform are had, and GDCM reads 12-bit JPEG, which pydicom's adapter for it declines.
+the automatic one is that of registration. Some decoders are called here without pydicom's adapters: Pillow's of JPEG,
+so that the values before the colour transform are had, GDCM's of 12-bit JPEG, which the adapter declines, and those of
+RLE and JPEG-LS, around which the adapters copy an image four times.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, BinaryIO
 
 import gdcm
 import numpy as np
+from jpeg_ls import decode_pixel_data as decode_jpeg_ls
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom import uid
 from pydicom.encaps import encapsulate, generate_fragments, get_frame, parse_basic_offsets
 from pydicom.pixels import get_decoder
 from pydicom.uid import UID
+from rle.utils import decode_pixel_data as decode_rle
 
 from client.codestream import Announced, Coding, announced
 from client.image import Unreadable
@@ -31,19 +34,19 @@ PLUGINS: Mapping[str, tuple[str, ...]] = {
     uid.JPEGExtended12Bit: ("pylibjpeg",),
     uid.JPEGLossless: ("gdcm", "pylibjpeg"),
     uid.JPEGLosslessSV1: ("gdcm", "pylibjpeg"),
-    uid.JPEGLSLossless: ("pyjpegls", "gdcm"),
-    uid.JPEGLSNearLossless: ("pyjpegls", "gdcm"),
+    uid.JPEGLSLossless: ("gdcm",),
+    uid.JPEGLSNearLossless: ("gdcm",),
     uid.JPEG2000Lossless: ("pillow", "pylibjpeg", "gdcm"),
     uid.JPEG2000: ("pillow", "pylibjpeg", "gdcm"),
     uid.HTJ2KLossless: ("pylibjpeg",),
     uid.HTJ2KLosslessRPCL: ("pylibjpeg",),
     uid.HTJ2K: ("pylibjpeg",),
-    uid.RLELossless: ("pylibjpeg", "pydicom"),
+    uid.RLELossless: ("pydicom",),
 }
 """Transfer syntax -> decoders, the next one tried where the one before fails; those of another licence if installed.
 
-Before them Pillow tries 8-bit JPEG, and GDCM deeper one. GDCM is no second opinion on 8-bit JPEG, for there it ends the
-process where Pillow says that a frame is damaged.
+Before them some are called directly, below: of pylibjpeg-rle, of pyjpegls, Pillow for 8-bit JPEG, GDCM for a deeper
+one. GDCM is no second opinion on 8-bit JPEG, for there it ends the process where Pillow says that a frame is damaged.
 """
 
 NATIVE = frozenset(
@@ -296,7 +299,11 @@ def _decoded(content: bytes, said: Announced | None, syntax: UID, layout: Layout
 
 def _attempts(content: bytes, said: Announced | None, syntax: UID, layout: Layout) -> list[Callable[[], Frame]]:
     attempts: list[Callable[[], Frame]] = []
-    if said and said.coding == "jpeg":
+    if said is None:
+        attempts.append(partial(_rle, content, layout))
+    elif said.coding == "jpeg-ls":
+        attempts.append(partial(_jpeg_ls, content, layout))
+    elif said.coding == "jpeg":
         attempts.append(partial(_jpeg, content, layout) if said.bits <= 8 else partial(_gdcm, content, syntax, layout))
     plugins = get_decoder(syntax).available_plugins
     return attempts + [
@@ -318,6 +325,25 @@ def _plugin(name: str, content: bytes, said: Announced | None, syntax: UID, layo
     if said and said.transformed and layout.samples == 3:
         colours = "RGB"
     return Frame(values if own_precision else _within_bits(values, layout), colours)
+
+
+def _rle(content: bytes, layout: Layout) -> Frame:
+    """Decode RLE, whose segments hold one byte of one sample each (PS3.5, G.2)."""
+    size = {"rows": layout.rows, "columns": layout.columns, "bits_allocated": layout.allocated}
+    decoded = decode_rle(content, version=2, samples_per_pixel=layout.samples, **size)
+    values = np.frombuffer(decoded, f"<{_letter(layout)}{max(8, layout.allocated) // 8}")
+    return Frame(_within_bits(_shaped(values, replace(layout, planar=1)), layout), layout.photometric)
+
+
+def _jpeg_ls(content: bytes, layout: Layout) -> Frame:
+    """Decode JPEG-LS, which knows no sign: it is extended from the precision of the codestream."""
+    decoded, said = decode_jpeg_ls(content)
+    precision, width = said["bits_per_sample"], layout.allocated
+    values = np.frombuffer(decoded, "u1" if precision <= 8 else "<u2").astype(f"u{width // 8}", copy=False)
+    if layout.signed:
+        values = (values.view(f"i{width // 8}") << (width - precision)) >> (width - precision)
+    planes = int(said["interleave_mode"] == 0)
+    return Frame(_shaped(values, replace(layout, planar=planes)), layout.photometric)
 
 
 def _jpeg(content: bytes, layout: Layout) -> Frame:

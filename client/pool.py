@@ -35,6 +35,10 @@ _QUIET = {
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(
+        32 * 2**20
+    ),  # else glibc gives an image's memory back, and the kernel clears it anew,
+    "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),  # several times a file
 }
 
 
