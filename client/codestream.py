@@ -7,11 +7,15 @@ compared with Rows and Columns of the header, which the policy has judged.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from client.image import Unreadable
 
+Coding = Literal["jpeg", "jpeg-lossless", "jpeg-ls", "jpeg-2000"]
+
 _JP2 = b"\x00\x00\x00\x0cjP  "  # how a JPEG 2000 stream begins that is wrapped as a file
 _SOF = frozenset((*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xF7))
+_CODINGS: dict[int, Coding] = {0xC3: "jpeg-lossless", 0xF7: "jpeg-ls"}
 _ALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # markers without a segment
 
 
@@ -23,6 +27,7 @@ class Announced:
     columns: int
     components: int
     bits: int
+    coding: Coding
     transformed: bool = False  # JPEG 2000: a multiple component transform makes RGB of the components
 
 
@@ -57,7 +62,8 @@ def _jpeg(frame: bytes) -> Announced:
         if frame[offset] != 0xFF:
             raise Unreadable("damaged")
         if marker in _SOF:
-            return Announced(_u16(frame, offset + 5), _u16(frame, offset + 7), frame[offset + 9], frame[offset + 4])
+            size = (_u16(frame, offset + 5), _u16(frame, offset + 7), frame[offset + 9], frame[offset + 4])
+            return Announced(*size, _CODINGS.get(marker, "jpeg"))
         if marker == 0xDA:  # image data before any frame header
             raise Unreadable("damaged")
         offset += 2 if marker in _ALONE else 2 + max(2, _u16(frame, offset + 2))
@@ -71,9 +77,12 @@ def _codestream(frame: bytes) -> int | None:
         return None
     offset = 12
     while offset + 8 <= len(frame):
-        if frame[offset + 4 : offset + 8] == b"jp2c":
-            return offset + 8
         length = int.from_bytes(frame[offset : offset + 4], "big")
+        wide = length == 1  # its length follows, in eight bytes
+        if frame[offset + 4 : offset + 8] == b"jp2c":
+            return offset + (16 if wide else 8)
+        if wide:
+            length = int.from_bytes(frame[offset + 8 : offset + 16], "big")
         if length < 8:  # a box of no length would be walked for ever
             raise Unreadable("damaged")
         offset += length
@@ -90,7 +99,7 @@ def _jpeg2000(frame: bytes, start: int) -> Announced:
             transformed = frame[offset + 8] == 1
             break
         offset += 2 + max(2, _u16(frame, offset + 2))
-    return Announced(y1 - y0, x1 - x0, components, bits, transformed)
+    return Announced(y1 - y0, x1 - x0, components, bits, "jpeg-2000", transformed)
 
 
 def _u16(content: bytes, at: int) -> int:

@@ -83,7 +83,6 @@ class Opened:
     data: Elements  # by keyword, those that are read and present
     file: BinaryIO  # at the pixel data element
     syntax: UID
-    implicit: bool
     little: bool
 
 
@@ -130,13 +129,13 @@ def open_dicom(file: BinaryIO, beginning: bytes) -> Opened:
         Unreadable: a data set that inflates beyond the limit.
         BaseException: whatever pydicom raises on a damaged file.
     """
-    declared, end = _meta(file) if has_preamble(beginning) else ("", 0)
+    declared, end = _meta(file, 132 if has_preamble(beginning) else 0)
     if declared == uid.DeflatedExplicitVRLittleEndian:
         file = io.BytesIO(_inflated(file, end))
     dataset = dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=True)
     implicit, little = (bool(part) for part in dataset.original_encoding)
     found = declared or dataset.file_meta.get("TransferSyntaxUID") or _syntax_of(implicit, little)
-    return Opened(dataset, _elements(dataset), file, UID(found), implicit, little)
+    return Opened(dataset, _elements(dataset), file, UID(found), little)
 
 
 def _elements(dataset: Dataset) -> dict[str, Any]:
@@ -155,21 +154,21 @@ def _elements(dataset: Dataset) -> dict[str, Any]:
     return found
 
 
-def _meta(file: BinaryIO) -> tuple[str, int]:
+def _meta(file: BinaryIO, start: int) -> tuple[str, int]:
     """Return the transfer syntax that the file meta information names, and where it ends (PS3.10, 7.1).
 
     Walked here, because pydicom inflates a deflated data set whole before it says that it is one.
     """
     content = file.read(_META_BYTES)
     file.seek(0)
-    offset, syntax = 132, ""
+    offset, syntax = start, ""
     while content[offset : offset + 2] == b"\x02\0" and offset + 12 <= len(content):
         vr = content[offset + 4 : offset + 6]
-        start, width = (12, 4) if vr in (b"OB", b"UN") else (8, 2) if vr.isalpha() else (8, 4)
-        length = int.from_bytes(content[offset + start - width : offset + start], "little")
+        head, width = (12, 4) if vr in (b"OB", b"UN") else (8, 2) if vr.isalpha() else (8, 4)
+        length = int.from_bytes(content[offset + head - width : offset + head], "little")
         if content[offset + 2 : offset + 4] == b"\x10\0":
-            syntax = content[offset + start : offset + start + length].decode("ascii", "replace").strip(" \0")
-        offset += start + length
+            syntax = content[offset + head : offset + head + length].decode("ascii", "replace").strip(" \0")
+        offset += head + length
     return syntax, offset
 
 
@@ -186,6 +185,8 @@ def _inflated(file: BinaryIO, start: int) -> bytes:
     content = inflater.decompress(file.read(), MAX_INFLATED_BYTES)
     if inflater.unconsumed_tail:
         raise Unreadable("too_large")
+    if not inflater.eof:
+        raise Unreadable("damaged")
     return content
 
 
@@ -269,7 +270,7 @@ def layout_of(opened: Opened, size: int) -> tuple[Layout, Element]:
     code = vocabulary.no_image(sop_class.strip("\0 "), text(data, "Modality").upper())
     if code:
         raise Ignored(code)
-    found = locate(opened.file, implicit=opened.implicit, little=opened.little)
+    found = locate(opened.file, little=opened.little)
     keyword = _PIXEL_KEYWORDS.get(found[0]) if found else None
     if found is None or keyword is None:
         if data.get("Rows") or vocabulary.is_image_class(sop_class):
@@ -303,7 +304,7 @@ def _layout(data: Elements, keyword: str) -> Layout:
         allocated=allocated,
         stored=stored,
         high_bit=_integer(data, "HighBit", stored - 1),
-        signed=_integer(data, "PixelRepresentation", 0) == 1 and keyword == "PixelData",
+        signed=_integer(data, "PixelRepresentation", 0) == 1 and keyword == "PixelData" and allocated != 1,
         photometric=text(data, "PhotometricInterpretation").upper() or ("RGB" if samples == 3 else "MONOCHROME2"),
         planar=_integer(data, "PlanarConfiguration", 0),
         keyword=keyword,
@@ -388,7 +389,8 @@ def _grey(values: NDArray[Any], header: _Enhanced, layout: Layout, opened: Opene
     modality = text(opened.data, "Modality").upper()
     region = _region(opened.data, layout)
     if layout.allocated > 16 or layout.keyword != "PixelData":
-        stored = Stored(layout.stored, layout.signed, layout.photometric, modality)
+        bits = layout.stored if layout.keyword == "PixelData" else 0
+        stored = Stored(bits, layout.signed, layout.photometric, modality)
         floats = checked(values.astype(np.float32))
         what = shown(floats, stored, header, little=opened.little)
         _check_range(what.values)
@@ -446,7 +448,8 @@ def _palette(values: NDArray[Any], data: Dataset, layout: Layout) -> NDArray[np.
         raise Unreadable("damaged") from None
     if table.dtype != np.uint8:
         table = table >> 8 if table.max(initial=0) > 255 else table  # some 16-bit tables hold 8-bit values
-    return np.asarray(table.astype(np.uint8)[values.astype(np.int64) - lowest])
+    index = values.astype(np.int64) - lowest
+    return np.asarray(np.take(table.astype(np.uint8), index, axis=0, mode="clip"))  # a codestream may hold more
 
 
 def _region(data: Elements, layout: Layout) -> tuple[int, int, int, int] | None:

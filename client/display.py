@@ -33,14 +33,14 @@ class Elements(Protocol):
 class Stored:
     """What the header says of the stored values."""
 
-    bits: int
+    bits: int  # 0: floating point
     signed: bool
     photometric: str
     modality: str
 
     @property
     def nominal(self) -> tuple[float, float]:
-        """Return the lowest and highest value that the stored bits can hold."""
+        """Return the lowest and highest value that the stored bits can hold; 0 and 0 for floating point (no bits)."""
         half = 2.0 ** (self.bits - 1)
         return (-half, half - 1) if self.signed else (0.0, 2 * half - 1)
 
@@ -141,18 +141,22 @@ def _window(header: Elements) -> tuple[float, float] | None:
 def _centre_and_width(header: Elements) -> tuple[float, float] | None:
     """Return the first usable window of those the file offers; impossible widths are passed over."""
     narrowest = 1e-6 if header.get("VOILUTFunction") in ("LINEAR_EXACT", "SIGMOID") else 1.0
-    pairs = zip(_numbers(header, "WindowCenter"), _numbers(header, "WindowWidth"), strict=False)
+    pairs = zip(_all_numbers(header, "WindowCenter"), _all_numbers(header, "WindowWidth"), strict=False)
     return next((pair for pair in pairs if narrowest <= pair[1] <= MAX_VALUE >= abs(pair[0])), None)
 
 
 def _numbers(header: Elements, keyword: str) -> list[float]:
-    """Return the values of a decimal element, none if it is absent or blank, without those that are not finite."""
+    """Return the values of a decimal element that are finite."""
+    return [value for value in _all_numbers(header, keyword) if math.isfinite(value)]
+
+
+def _all_numbers(header: Elements, keyword: str) -> list[float]:
+    """Return the values of a decimal element, none if it is absent or blank."""
     value = header.get(keyword)
     if value is None or value == "":
         return []
     values = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-    found = [_number(v) for v in values]
-    return [v for v in found if math.isfinite(v)]
+    return [_number(v) for v in values]
 
 
 def _number(value: Any) -> float:
@@ -170,7 +174,7 @@ def _lookup(image: _Grey, item: Any, little: bool) -> _Grey:
         data = item.LUTData
     except (AttributeError, TypeError, ValueError):
         raise Unreadable("damaged") from None
-    entries = entries or 2**16
+    entries = entries % 2**16 or 2**16  # often written as if signed
     if isinstance(data, bytes):
         data = np.frombuffer(
             data, "u1" if len(data) in (entries, entries + entries % 2) else f"{'<' if little else '>'}u2"
@@ -180,6 +184,7 @@ def _lookup(image: _Grey, item: Any, little: bool) -> _Grey:
         raise Unreadable("damaged")
     if image.low < 0 and first >= 2**15:  # the first value mapped, written as if unsigned
         first -= 2**16
+    bits = max(bits, int(table.max()).bit_length())  # a table may hold more than it says
     index = np.clip(np.rint(image.values).astype(np.int64) - first, 0, len(table) - 1)
     return _Grey(table[index], 0.0, 2.0**bits - 1)
 

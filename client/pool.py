@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,9 @@ _QUIET = {
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
+    # Else glibc gives an image's memory back, and the kernel clears it anew, several times a file.
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
 }
 
 
@@ -64,7 +68,7 @@ class _Job:
     tries: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     process: subprocess.Popen[bytes]
     source: int  # where it answers
@@ -72,6 +76,7 @@ class _Worker:
     jobs: deque[_Job] = field(default_factory=deque)
     received: bytearray = field(default_factory=bytearray)
     ready: bool = False
+    asked: bool = False  # it has said what the file in work asks for
     deadline: float = 0.0
 
     def send(self, content: bytes) -> bool:
@@ -94,6 +99,7 @@ class Pool:
     Examples:
         >>> import tempfile
         >>> from PIL import Image
+        >>> from client.identity import Identity
         >>> from client.presets import GENERIC
         >>> path = Path(tempfile.mkdtemp()) / "a.png"
         >>> Image.new("L", (8, 8), 7).save(path)
@@ -109,6 +115,12 @@ class Pool:
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         self._deaths = 0
+        self.started = 0
+
+    @property
+    def alive(self) -> int:
+        """The processes that there are now; `started` counts those that there have been."""
+        return len(self._workers)
 
     def __enter__(self) -> Pool:
         return self
@@ -126,17 +138,19 @@ class Pool:
         Raises:
             ConsiliumError: decoding processes cannot be started.
         """
-        waiting = deque(_Job(number, os.fsencode(path)) for number, path in enumerate(paths))
+        waiting = deque(_Job(number, os.fsencode(path.absolute())) for number, path in enumerate(paths))
         while waiting or any(worker.jobs for worker in self._workers):
             self._fill(waiting)
-            for key, _ in self._selector.select(self._patience()):
-                worker: _Worker = key.data
+            speaking: list[_Worker] = [key.data for key, _ in self._selector.select(self._patience())]
+            overdue = self._overdue(speaking)  # before the caller has its turn, which may take long
+            for worker in speaking:
                 content = os.read(worker.source, 2**20)
                 worker.received += content
                 yield from self._answers(worker)
                 if not content:
                     yield from self._died(worker, waiting)
-            yield from self._overdue(waiting)
+            for worker in overdue:
+                yield from self._late(worker, waiting)
 
     def _fill(self, waiting: deque[_Job]) -> None:
         while len(self._workers) < min(self._count, len(waiting) + len(self._workers)):
@@ -166,6 +180,7 @@ class Pool:
         worker.send(SIZE.pack(self._limits.memory))
         worker.send(self._task.text())
         self._workers.append(worker)
+        self.started += 1
         self._selector.register(worker.source, selectors.EVENT_READ, worker)
 
     def _patience(self) -> float:
@@ -177,11 +192,11 @@ class Pool:
         """Yield the answers that have arrived whole; a process that talks nonsense is ended."""
         while worker.received:
             kind = worker.received[:1]
-            if kind == b"H":
+            if kind == b"H" and not worker.ready:
                 del worker.received[:1]
                 worker.ready, self._deaths = True, 0
                 worker.deadline = time.monotonic() + self._limits.base_s
-            elif kind == b"A" and worker.jobs:
+            elif kind == b"A" and worker.ready and worker.jobs and not worker.asked:
                 if len(worker.received) < 1 + SIZE.size:
                     return
                 asked = SIZE.unpack(worker.received[1 : 1 + SIZE.size])[0]
@@ -189,8 +204,9 @@ class Pool:
                 if asked > 2 * MAX_FRAME_BYTES:
                     worker.process.kill()
                     return
+                worker.asked = True
                 worker.deadline = time.monotonic() + self._limits.base_s + asked / self._limits.bytes_per_s
-            elif kind == b"R" and worker.jobs:
+            elif kind == b"R" and worker.ready and worker.jobs:
                 read = self._record(worker)
                 if read is None:
                     return
@@ -215,7 +231,7 @@ class Pool:
             return None
         pixels = np.frombuffer(bytes(worker.received[end : end + length]), np.uint8).reshape(shape) if length else None
         del worker.received[: end + length]
-        worker.deadline = time.monotonic() + self._limits.base_s
+        worker.asked, worker.deadline = False, time.monotonic() + self._limits.base_s
         return Read(worker.jobs.popleft().number, entry, pixels)
 
     def _died(self, worker: _Worker, waiting: deque[_Job]) -> Iterator[Read]:
@@ -231,15 +247,18 @@ class Pool:
             return
         yield from self._given_up(worker, waiting, "crashed", tries=2)
 
-    def _overdue(self, waiting: deque[_Job]) -> Iterator[Read]:
+    def _overdue(self, speaking: Sequence[_Worker]) -> list[_Worker]:
+        """Return the processes whose time is up and that have nothing to say."""
         now = time.monotonic()
-        for worker in list(self._workers):
-            if now > worker.deadline and (worker.jobs or not worker.ready):
-                if not worker.ready:
-                    yield from self._died(worker, waiting)
-                else:
-                    self._end(worker)
-                    yield from self._given_up(worker, waiting, "timeout", tries=1)
+        late = [w for w in self._workers if now > w.deadline and (w.jobs or not w.ready)]
+        return [worker for worker in late if worker not in speaking]
+
+    def _late(self, worker: _Worker, waiting: deque[_Job]) -> Iterator[Read]:
+        if worker.ready:
+            self._end(worker)
+            yield from self._given_up(worker, waiting, "timeout", tries=1)
+        else:
+            yield from self._died(worker, waiting)
 
     def _given_up(self, worker: _Worker, waiting: deque[_Job], code: str, tries: int) -> Iterator[Read]:
         """Put the files of an ended process back, but for the one that ended it, if it has had its tries."""
@@ -256,5 +275,6 @@ class Pool:
         self._workers.remove(worker)
         os.close(worker.sink)
         worker.process.kill()
-        worker.process.wait()
+        with suppress(subprocess.TimeoutExpired):  # one that waits for a dead file server cannot be ended
+            worker.process.wait(5)
         os.close(worker.source)

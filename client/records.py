@@ -81,6 +81,9 @@ def unpack(row: NDArray[Any]) -> Entry:
     words = {name: _word(row, name) for name in _WORDS}
     if not (np.isfinite(row["seconds"]) and row["seconds"] >= 0):
         raise ValueError("seconds: not a time")
+    month = int(row["month"])
+    if month and not (189501 <= month <= 210012 and 1 <= month % 100 <= 12):
+        raise ValueError("month: not a month")
     code, kind = words.pop("code"), words.pop("kind")
     digests = {name: _digest(row, name) for name in _DIGESTS}
     keys = {kind: digests.pop(kind) for kind in KEY_KINDS}

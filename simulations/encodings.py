@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import gdcm
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -20,6 +21,7 @@ LOSSLESS: dict[str, UID] = {
     "big-endian": uid.ExplicitVRBigEndian,
     "deflated": uid.DeflatedExplicitVRLittleEndian,
     "rle": uid.RLELossless,
+    "jpeg-lossless": uid.JPEGLosslessSV1,
     "jpeg-ls": uid.JPEGLSLossless,
     "jpeg-2000": uid.JPEG2000Lossless,
 }
@@ -28,6 +30,8 @@ LOSSLESS: dict[str, UID] = {
 LOSSY: dict[str, UID] = {"jpeg": uid.JPEGBaseline8Bit, "jpeg-2000-lossy": uid.JPEG2000}
 
 SYNTAXES: dict[str, UID] = {**LOSSLESS, **LOSSY}
+
+_ENCODERS = {uid.RLELossless: "pylibjpeg", uid.JPEGLSLossless: "pyjpegls", uid.JPEG2000Lossless: "pylibjpeg"}
 
 
 def film(rows: int, columns: int, bits: int, seed: int = 0) -> NDArray[Any]:
@@ -41,7 +45,13 @@ def film(rows: int, columns: int, bits: int, seed: int = 0) -> NDArray[Any]:
 
 
 def dataset(pixels: NDArray[Any], bits: int, **elements: Any) -> Dataset:
-    """Return an uncompressed image object; `elements` replace what follows from the pixels."""
+    """Return an uncompressed image object.
+
+    Args:
+        pixels: (rows, columns), grey, or (rows, columns, 3), colour; with frames before them, a clip.
+        bits: stored.
+        elements: replace what follows from the pixels; None takes out.
+    """
     data = Dataset()
     data.file_meta = FileMetaDataset()
     data.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
@@ -49,8 +59,10 @@ def dataset(pixels: NDArray[Any], bits: int, **elements: Any) -> Dataset:
     data.SOPClassUID, data.SOPInstanceUID = uid.DigitalXRayImageStorageForPresentation, name
     data.StudyInstanceUID, data.SeriesInstanceUID = f"{name[:50]}.1", f"{name[:50]}.2"
     data.PatientID, data.Modality = "PHANTOM-1", "DX"
-    colour = pixels.ndim == 3
-    data.Rows, data.Columns = pixels.shape[:2]
+    colour = pixels.shape[-1] == 3
+    data.Rows, data.Columns = pixels.shape[:-1][-2:] if colour else pixels.shape[-2:]
+    if pixels.ndim == (4 if colour else 3):
+        data.NumberOfFrames = len(pixels)
     data.SamplesPerPixel = 3 if colour else 1
     data.PhotometricInterpretation = "RGB" if colour else "MONOCHROME2"
     if colour:
@@ -58,9 +70,13 @@ def dataset(pixels: NDArray[Any], bits: int, **elements: Any) -> Dataset:
     data.BitsAllocated, data.BitsStored = pixels.dtype.itemsize * 8, bits
     data.HighBit, data.PixelRepresentation = bits - 1, int(pixels.dtype.kind == "i")
     data.PixelData = pixels.tobytes()
-    data["PixelData"].VR = "OB" if pixels.dtype.itemsize == 1 else "OW"
     for keyword, value in elements.items():
-        setattr(data, keyword, value)
+        if value is None:
+            delattr(data, keyword)
+        else:
+            setattr(data, keyword, value)
+    if "PixelData" in data:
+        data["PixelData"].VR = "OB" if pixels.dtype.itemsize == 1 else "OW"
     return data
 
 
@@ -69,11 +85,13 @@ def write(path: Path, pixels: NDArray[Any], bits: int, syntax: UID, **elements: 
 
     Args:
         path: of the file.
-        pixels: (rows, columns) or (rows, columns, 3).
+        pixels: (rows, columns) or (rows, columns, 3); with frames before them, a clip, but not for lossy syntaxes.
         bits: stored.
         syntax: a value of `SYNTAXES`.
         elements: further or other elements of the header.
     """
+    if syntax == uid.JPEGLosslessSV1:
+        return transcode(write(path, pixels, bits, uid.ExplicitVRLittleEndian, **elements), path, syntax)
     data = dataset(pixels, bits, **elements)
     if syntax == uid.JPEGBaseline8Bit:
         data.PixelData = encapsulate([jpeg(pixels)])
@@ -82,8 +100,8 @@ def write(path: Path, pixels: NDArray[Any], bits: int, syntax: UID, **elements: 
     elif syntax == uid.JPEG2000:
         data.compress(syntax, j2k_cr=[10], encoding_plugin="pylibjpeg")
     elif syntax.is_encapsulated:
-        data.compress(syntax)
-    elif syntax == uid.ExplicitVRBigEndian and pixels.dtype.itemsize == 2:
+        data.compress(syntax, encoding_plugin=_ENCODERS[syntax])
+    elif syntax == uid.ExplicitVRBigEndian and pixels.dtype.itemsize > 1:
         data.PixelData = pixels.byteswap().tobytes()
         data["PixelData"].VR = "OW"
     data.file_meta.TransferSyntaxUID = syntax
@@ -92,6 +110,27 @@ def write(path: Path, pixels: NDArray[Any], bits: int, syntax: UID, **elements: 
     data.save_as(
         path, enforce_file_format=True, implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian
     )
+    return path
+
+
+def transcode(source: Path, path: Path, syntax: UID) -> Path:
+    """Write a file anew in another syntax, by GDCM: a second opinion on how files are written.
+
+    Raises:
+        ValueError: GDCM cannot.
+    """
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(source))
+    known = reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(str(syntax))))
+    change.SetInput(reader.GetImage())
+    if not known or not change.Change():
+        raise ValueError(f"GDCM does not write such an image as {syntax.keyword}")
+    writer.SetFileName(str(path))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    if not writer.Write():
+        raise ValueError(f"GDCM does not write {syntax.keyword}")
     return path
 
 
