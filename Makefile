@@ -34,8 +34,10 @@ format: install ## write the format and the lint fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## figures side by side with plain Flower; BENCH="--dataset FILE.npz --image-size 128" for other data
+bench: install ## figures beside plain Flower (BENCH="--dataset FILE.npz" for other data), intake of files, 20,000 damaged ones
 	$(BIN)/python -P -m simulations.compare $(BENCH)
+	$(BIN)/python -P -m simulations.intake_bench
+	$(BIN)/python -P -m simulations.fuzz
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info

@@ -155,7 +155,7 @@ def _content(element: Element, layout: Layout, index: int) -> bytes:
     """Return one frame as it is compressed; of a single one all fragments, whatever tables of offsets say."""
     element.file.seek(element.offset)
     if layout.frames > 1:
-        return get_frame(element.file, index, number_of_frames=layout.frames, extended_offsets=element.offsets)
+        return bytes(get_frame(element.file, index, number_of_frames=layout.frames, extended_offsets=element.offsets))
     parse_basic_offsets(element.file)
     return b"".join(generate_fragments(element.file))
 
@@ -363,7 +363,7 @@ def _jpeg(content: bytes, layout: Layout) -> Frame:
 
 
 def _jpeg_colours(image: Any, layout: Layout) -> str:
-    """Return what the components of a JPEG are: an Adobe marker says it, else their names, a JFIF marker, the header."""
+    """Return what the components of a JPEG are: by Adobe marker, else by their names, JFIF marker, or header."""
     transform = image.info.get("adobe_transform")
     if transform == 0 or (transform is None and _names(image) in (b"RGB", b"rgb")):
         return "RGB"

@@ -64,7 +64,7 @@ def good_files(folder: Path) -> list[bytes]:
     clip = np.stack([film(34, 42, 8, seed) for seed in range(3)])
     kinds: list[tuple[np.ndarray[Any, Any], int, dict[str, Any]]] = [
         (grey, 8, {}),
-        (deep, 12, _WINDOWED),
+        (deep, 12, {**_WINDOWED}),
         (deep.astype(np.int16) - 2000, 12, {**_WINDOWED, "PhotometricInterpretation": "MONOCHROME1"}),
         (colour, 8, {}),
         (clip, 8, {"Modality": "US"}),

@@ -26,7 +26,7 @@ def pixels(seed: int) -> np.ndarray:
 
 
 def fill(ward: Any, count: int, change: Callable[[int], dict[str, Any]] = lambda _: {}) -> list[dict[str, Any]]:
-    """Write files of patients of their own with two labels in each of three given splits, and return the table's rows."""
+    """Write files of single patients, two labels in each of three given splits; return the rows of their table."""
     rows = []
     for number in range(count):
         elements = {"PatientID": f"P{number}", "Manufacturer": "SIEMENS", "BurnedInAnnotation": "NO"} | change(number)
