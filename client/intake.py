@@ -207,7 +207,7 @@ def examine(config: SiteConfig, progress: Progress) -> Findings:
     sheet, titles = _sheet(intake, present)
     headers = [entry.header for entry in entries]
     months = [header.month for header in headers if header.month]
-    confounded = _confounding(headers, present)
+    confounded = _confounding(headers, present, _annotated(intake))
     return Findings(
         site=config.name,
         examples={split: int((intake.splits == n).sum()) for n, split in enumerate(SPLITS)},
@@ -273,6 +273,16 @@ def _present(intake: Intake) -> Mapping[str, NDArray[np.bool_]]:
     return {name: labels[:, n] == 1 for n, name in enumerate(labelled.label_names)}
 
 
+def _annotated(intake: Intake) -> Mapping[str, NDArray[np.bool_]]:
+    """Return, by label, of which examples it is known."""
+    labelled = intake.gathered.labelled
+    if labelled is None or not len(intake.places):
+        return {}
+    labels = intake.gathered.labels(intake.places)
+    known = np.ones((len(labels), len(labelled.label_names)), bool) if labels.ndim == 1 else ~np.isnan(labels)
+    return dict(zip(labelled.label_names, known.T, strict=True))
+
+
 def _counted(words: Iterable[str], blank: str = "none given") -> dict[str, int]:
     return dict(sorted(Counter(word or blank for word in words).items(), key=lambda item: (-item[1], item[0])))
 
@@ -292,7 +302,9 @@ def _decode_speed(entries: Sequence[Entry]) -> dict[str, tuple[int, float]]:
     return dict(sorted(found.items()))
 
 
-def _confounding(headers: Sequence[Any], present: Mapping[str, NDArray[np.bool_]]) -> list[tuple[str, Any, float, int]]:
+def _confounding(
+    headers: Sequence[Any], present: Mapping[str, NDArray[np.bool_]], annotated: Mapping[str, NDArray[np.bool_]]
+) -> list[tuple[str, Any, float, int]]:
     """Return label, factor, strength and images of every association that can be told, the strongest first."""
     factors = {
         "device": [header.device for header in headers],
@@ -303,9 +315,9 @@ def _confounding(headers: Sequence[Any], present: Mapping[str, NDArray[np.bool_]
     for factor, values in factors.items():
         levels = np.unique(np.array([str(value) for value in values]), return_inverse=True)[1]
         for label, column in present.items():
-            strength = association(column, levels)
+            strength = association(column[annotated[label]], levels[annotated[label]])
             if strength is not None:
-                found.append((label, factor, strength, len(column)))
+                found.append((label, factor, strength, int(annotated[label].sum())))
     return sorted(found, key=lambda item: -item[2])
 
 

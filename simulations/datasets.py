@@ -543,10 +543,8 @@ def _folder_pool(
     places, labelled = gathered.usable, gathered.labelled
     if labelled is None or not len(places):
         raise DataError(nothing_usable(gathered, root))
-    if labelled.kind == "multi-label":
-        raise DataError(f"{root.name}: several labels an image are not supported yet: keep one label column")
-    labels, label_names = gathered.labels(places).astype(np.int64), labelled.label_names
-    if names is not None:
+    labels, label_names = gathered.labels(places), labelled.label_names
+    if names is not None and labels.ndim == 1:
         labels, label_names = np.array([names.index(name) for name in label_names], np.int64)[labels], names
     digests = gathered.digests(places)
     quarantine, ignored = gathered.counts()

@@ -1,9 +1,9 @@
 """How fast a hospital's files are taken in, side by side with the bare decoders; `make bench` prints it.
 
-Throughput is that of the whole path, from file to preprocessed pixels on disk, in as many processes as there are cores.
-It is compared with the rate at which the best decoder alone, in one process, turns the same files into arrays, times the
-cores. Both run alternately on the same files, the page cache warm, and the best of each counts. The start of the
-processes, once a run, is measured with one file and taken off.
+Throughput is that of the whole path, from file to preprocessed pixels on disk, in as many processes as there are
+cores. It is compared with the rate at which the best decoder alone, in one process, turns the same files into arrays,
+times the cores. Both run alternately on the same files, the page cache warm, and the best of each counts. The start
+of the processes, once a run, is measured with one file and taken off.
 """
 
 from __future__ import annotations

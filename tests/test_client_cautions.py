@@ -103,7 +103,8 @@ def test_mixtures(ward: Any) -> None:
     ward.table(table)
     found = told(ward)
     assert found["mixed_modalities"] == "images of 2 modalities: CR, DX"
-    assert set(found) == {"mixed_modalities", "mixed_intent", "mixed_kinds"}
+    assert set(found) == {"mixed_modalities", "mixed_intent", "mixed_kinds", "burned_in", "no_patient"}
+    assert found["mixed_kinds"].startswith("60 grey and 1 colour images together")
 
 
 def test_text_burned_in(ward: Any) -> None:

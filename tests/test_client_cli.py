@@ -296,7 +296,7 @@ def test_check_pulls_first(hospital: SiteConfig, run: Run, intake: Any, monkeypa
 
     def pull(source: Any, base: Path, folder: Path, identity: Identity, progress: Any) -> Pulled:
         calls.append((source.url, base, folder, identity.secret))
-        progress("pulling", 1, 1)
+        progress(1, 1)
         return Pulled(3, 9, 0, 1.5)
 
     monkeypatch.setattr(client.pacs, "pull", pull)

@@ -66,7 +66,7 @@ def with_features(config: SiteConfig) -> tuple[dict[str, bytes], dict[str, bytes
         made = random.random((len(places), 37)).astype("<f2")
         store.append(keys(digests, view, Augmentation.of(PRESETS["chest-xray"])), made)
         rows |= {f"{name} {view}": row.tobytes() for name, row in zip(names, made, strict=True)}
-    shown = taken.catalogue.source(gathered.kind)(taken.catalogue.places(gathered.kind, digests))
+    shown = taken.catalogue.source(gathered.kind)(taken.catalogue.rows(gathered.entries_of(places)))
     return {name: image.tobytes() for name, image in zip(names, shown, strict=True)}, rows
 
 

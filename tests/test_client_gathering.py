@@ -185,16 +185,20 @@ def test_a_taken_out_patient_changes_nothing_about_the_others(studies: Any) -> N
     assert found.ignored == {"opted_out": 4}
 
 
-@pytest.mark.parametrize("colour", [3, 5])
-def test_the_rarer_kind_is_left_out(colour: int, ward: Any) -> None:
+@pytest.mark.parametrize("colour", [0, 3, 8])
+def test_grey_among_colour_is_shown_in_colour(colour: int, ward: Any) -> None:
     random = np.random.default_rng(0)
     for number in range(8):
         shape = (24, 24, 3) if number < colour else (24, 24)
         ward.picture(f"{'ab'[number % 2]}/{number}.png", random.integers(0, 255, shape, np.uint8))
-    rare = min(colour, 8 - colour)
-    assert ward.examine().quarantine == {"kind_differs": rare}
-    assert ward.take_in().gathered.kind == ("colour" if colour > 4 else "grey")
-    assert ward.examine(preset="chest-ct").quarantine == {}
+    taken = ward.take_in()
+    assert taken.gathered.kind == ("colour" if colour else "grey")
+    places = taken.gathered.usable
+    assert len(places) == 8
+    images = taken.catalogue.source(taken.gathered.kind)(taken.catalogue.rows(taken.gathered.entries_of(places)))
+    assert images.shape[1] == (3 if colour else 1)
+    for entry, image in zip(taken.gathered.entries_of(places), images, strict=True):
+        assert (image == image[:1]).all() == (entry.kind == "grey")
 
 
 def test_messages_name_no_file_and_no_cell(studies: Any) -> None:
