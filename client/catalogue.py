@@ -117,8 +117,15 @@ class Catalogue:
         """Return what the records say of these files as they are now; None for those that were not read yet."""
         return self._known(self.keys(paths))
 
-    def read(self, paths: Sequence[Path], progress: Progress | None = None) -> list[Entry]:
+    def read(
+        self, paths: Sequence[Path], progress: Progress | None = None, known: Sequence[Entry | None] | None = None
+    ) -> list[Entry]:
         """Return what is known of these files, reading those that were not read yet.
+
+        Args:
+            paths: the files.
+            progress: told how far it is.
+            known: what `known` has just said of them, if it was asked.
 
         Raises:
             CacheError: the cache cannot be written.
@@ -126,7 +133,7 @@ class Catalogue:
         """
         report = progress or _silent
         keys = self.keys(paths)
-        entries = self._known(keys)
+        entries = self._known(keys) if known is None else list(known)
         todo = [place for place, entry in enumerate(entries) if entry is None]
         done = len(paths) - len(todo)
         report(done, len(paths))

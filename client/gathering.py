@@ -117,7 +117,7 @@ def gather(
     found = list_files(folder.root)
     paths = [folder.root / path for path in found.paths]
     known = catalogue.known(paths)
-    entries = catalogue.read(paths, progress) if unread else [entry or Entry("missing") for entry in known]
+    entries = catalogue.read(paths, progress, known) if unread else [entry or Entry("missing") for entry in known]
     members, labelled = _labelled(folder, found.paths, entries, identity)
     patients, persons = _patients(entries, members, labelled, identity)
     excluded = _excluded(entries, persons, opted_out)

@@ -394,6 +394,8 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / "images" / str(label)).mkdir(parents=True)
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         Image.fromarray(image).save(tmp_path / "images" / str(label) / f"{number}.png")
+    rows = [f"{label}/{number}.png,{('no', 'yes')[label]}" for number, label in enumerate(labels.ravel().tolist())]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,finding", *rows]) + "\n")
     for command in commands:
         code, errors = run_process(*shlex.split(command, comments=True))
         assert code == (3 if "--quorum" in command else 0), (command, errors)

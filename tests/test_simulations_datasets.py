@@ -481,14 +481,6 @@ def test_a_folder_of_dicom_with_a_manifest_is_read_as_a_hospital_reads_it(tmp_pa
     assert np.array_equal(again.cohort.digests, data.cohort.digests)
 
 
-def test_a_folder_with_several_labels_an_image_is_refused(tmp_path):
-    root = folder_of(tmp_path / "images")
-    rows = ["path,edema,effusion", *(f"{number:02d}.png,{number % 2},{number // 2 % 2}" for number in range(24))]
-    (root / "manifest.csv").write_text("\n".join(rows))
-    with pytest.raises(DataError, match="several labels an image are not supported yet"):
-        read(root, tmp_path)
-
-
 @pytest.mark.slow
 def test_phantoms_are_written_once_and_carry_sites_and_patients(tmp_path):
     told = []
