@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from client.cohort import SPLITS
 from client.confounding import NOTABLE, STRONG
+from client.decided import Intake
 from client.findings import Factor, Warned
 from client.image import Header
 from client.vocabulary import PICTURE_FORMATS
-
-if TYPE_CHECKING:
-    from client.intake import Intake
 
 FEW = 10
 RARE = 20.0

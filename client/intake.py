@@ -10,7 +10,6 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from client.catalogue import Catalogue
 from client.cautions import cautions
 from client.cohort import SPLITS, Cohort
 from client.confounding import NOTABLE, association
+from client.decided import Intake
 from client.erasure import Erased
 from client.findings import FileFinding, Findings
 from client.gathering import Folder, Gathered, gather, nothing_usable
@@ -39,23 +39,6 @@ SHEET = 24
 
 STOP_SHARE = 0.1
 """Share of placeholder PatientIDs among otherwise usable images from which a site must decide what they mean."""
-
-
-@dataclass(frozen=True, repr=False)
-class Intake:
-    """A site's data, decided: n files that could be images, of which N are examples."""
-
-    config: SiteConfig
-    gathered: Gathered
-    catalogue: Catalogue
-    codes: tuple[str, ...]  # n; why a file is no example; empty: it is one
-    places: NDArray[np.int64]  # (N,) of the examples among the files
-    splits: NDArray[np.int8]  # (N,)
-    patients: tuple[bytes, ...]  # N digests
-    moved: int  # patients that the given splits put into several
-    copies: int  # images whose pixels another image has as well
-    near: int  # images left out because they nearly equal one of another split
-    stop: str  # why nothing of it may be used; empty: it may
 
 
 def take_in(config: SiteConfig, progress: Progress) -> Intake:
