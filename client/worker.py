@@ -62,7 +62,9 @@ class Task:
     def parse(text: bytes) -> Task:
         """Read what `client.pool` wrote."""
         setup = json.loads(text)
-        preset = Preset(**{**setup["preset"], "hu_windows": tuple(map(tuple, setup["preset"]["hu_windows"]))})
+        lists = {"hu_windows": tuple(map(tuple, setup["preset"]["hu_windows"]))}
+        lists["percentiles"] = tuple(setup["preset"]["percentiles"])
+        preset = Preset(**setup["preset"] | lists)
         opted_out = frozenset(map(bytes.fromhex, setup["opted_out"]))
         return Task(Identity(bytes.fromhex(setup["secret"])), preset, setup["size"], opted_out)
 

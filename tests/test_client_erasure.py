@@ -18,6 +18,8 @@ from client.secret import read_secret
 from client.site_config import SiteConfig
 from common.errors import CacheError
 
+pytestmark = pytest.mark.slow
+
 FEATURE = np.dtype(("<f2", (37,)))
 
 

@@ -28,6 +28,8 @@ from client.remedies import REMEDIES
 from client.site_config import parse_site
 from simulations import encodings
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 CANARY = "ZZPHI"
 SCRIPT = "from common.cli import main; main()"
