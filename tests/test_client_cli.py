@@ -360,6 +360,7 @@ def test_a_forgetting_that_dies_is_mended_by_another(
     assert len(optout(hospital)) == 1
 
 
+@pytest.mark.slow
 def test_forgetting_waits_for_an_examination_to_end(hospital: SiteConfig, run: Run, tmp_path: Path) -> None:
     """Else the examination, which began before, would write the images and the page of who was forgotten."""
     (tmp_path / "out.csv").write_text("4711\n")

@@ -25,6 +25,8 @@ from client.pacs_answers import Failed, Gone, Missing, Rejected
 from client.pacs_config import Credentials, DicomWeb
 from common.errors import ConfigError, ConsiliumError
 
+pytestmark = pytest.mark.slow
+
 STUDY, SERIES, INSTANCE = "1.2.3.4", "1.2.3.4.5", "1.2.3.4.5.6"
 DICOM = bytes(128) + b"DICM" + bytes(range(256)) * 20
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: multipart/related; boundary=b\r\n"

@@ -646,6 +646,7 @@ def test_a_cell_without_end(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "line 3: not CSV" in refusal(read, 'path,label\na1,x\na2,"' + "secret\n" * 200)
 
 
+@pytest.mark.slow
 def test_many_columns_and_many_blanks(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     header = ["path", "label", *(f"c{i}" for i in range(100_000))]
     assert words(read(text_of([header, ["a1", "x"], ["a2", "y"]])))[:2] == ["x", "y"]

@@ -19,6 +19,8 @@ from client.pool import Limits, Pool
 from client.presets import GENERIC
 from client.worker import Task
 
+pytestmark = pytest.mark.slow
+
 TASK = Task(Identity(b"s" * 32), GENERIC, 32, frozenset())
 
 

@@ -284,6 +284,7 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
         read(path, tmp_path)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_flipped_bytes_are_refused_or_harmless(tmp_path_factory, data):

@@ -5,8 +5,12 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
+import pytest
+
 from client.image import CODES, IGNORED
 from simulations.fuzz import fuzz, good_files, spoiled_files
+
+pytestmark = pytest.mark.slow
 
 
 def test_three_hundred_spoiled_files_are_all_accounted_for() -> None:
