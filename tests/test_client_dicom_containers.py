@@ -21,6 +21,8 @@ from client.identity import Identity
 from client.image import CODES, IGNORED, Decoded
 from simulations.encodings import LOSSLESS, SYNTAXES, dataset, film, write
 
+pytestmark = pytest.mark.slow
+
 SITE = Identity(b"s" * 32)
 RAW = uid.ExplicitVRLittleEndian
 STORED = film(20, 30, 12)

@@ -28,6 +28,8 @@ from common.errors import ConfigError, DataError
 from common.run_config import Data, Model, RunConfig, Task
 from simulations import encodings
 
+pytestmark = pytest.mark.slow
+
 SECRET = b"s" * 32
 
 
