@@ -59,7 +59,13 @@ class CachedPixels:
     channels: int  # of every image: 1 where all are grey, else 3
 
     def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return the images in these rows: (n,) -> (n, C, S, S)."""
+        """Return the images in these rows: (n,) -> (n, C, S, S).
+
+        Raises:
+            IndexError: a row of no image; -1 would be the last one.
+        """
+        if (rows < 0).any():
+            raise IndexError("rows: got -1, the row of an image that is not in the cache")
         images = np.empty((len(rows), self.channels, *self.grey.row.shape[1:]), np.uint8)
         coloured = rows >= _COLOUR
         images[~coloured] = self.grey.take(rows[~coloured])
@@ -107,11 +113,11 @@ class Catalogue:
         return CachedPixels(self._pixels["grey"], self._pixels["colour"], CHANNELS[kind])
 
     def rows(self, entries: Sequence[Entry]) -> NDArray[np.int64]:
-        """Return the rows of these files' images, as `source` takes them: (n,)."""
+        """Return the rows of these files' images, as `source` takes them: (n,); what is not there has none."""
         digests = np.frombuffer(b"".join(entry.digest for entry in entries), "V32")
         coloured = np.array([entry.kind == "colour" for entry in entries], bool)
         grey, colour = (self._pixels[kind].find(digests) for kind in ("grey", "colour"))
-        return np.where(coloured, colour + _COLOUR, grey)
+        return np.where(coloured, np.where(colour < 0, -1, colour + _COLOUR), grey)
 
     def known(self, paths: Sequence[Path]) -> list[Entry | None]:
         """Return what the records say of these files as they are now; None for those that were not read yet."""

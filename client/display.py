@@ -193,7 +193,7 @@ def _without_padding(values: Values, stored_values: Values, stored: Stored, head
     """Return the values with NaN for padding: one stored value, or a range of them (PS3.3, C.7.5.1.1.2)."""
     ends = [_number(header.get(word)) for word in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     known = [end for end in ends if math.isfinite(end)]
-    if math.isnan(ends[0]) or not known:
+    if not math.isfinite(ends[0]):
         return values
     if stored.signed and stored.bits <= 16:  # often written as if unsigned
         known = [end - 2**16 if end >= 2**15 else end for end in known]

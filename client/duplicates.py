@@ -120,7 +120,7 @@ def _described(thumbs: NDArray[np.uint8]) -> Described:
 
 
 def _normed(stack: NDArray[np.float32]) -> NDArray[np.float32]:
-    flat = stack.reshape(len(stack), -1)
+    flat = stack.reshape(len(stack), SIDE * SIDE)
     centred = flat - flat.mean(axis=1, keepdims=True)
     norm = np.sqrt(2) * np.linalg.norm(centred, axis=1, keepdims=True)
     return np.asarray(centred / np.maximum(norm, 1e-6), np.float32)

@@ -133,7 +133,7 @@ class Pool:
         self._selector.close()
 
     def read(self, paths: Sequence[Path]) -> Iterator[Read]:
-        """Yield what became of each file, in the order in which they are done.
+        """Yield what became of each file, in the order in which they are done; to be read to its end.
 
         Raises:
             ConsiliumError: decoding processes cannot be started.

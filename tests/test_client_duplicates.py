@@ -64,3 +64,9 @@ def test_the_two_ways_of_comparing_agree(monkeypatch: pytest.MonkeyPatch) -> Non
     by_product = near_copies(hashes, thumbs, splits)
     monkeypatch.setattr("client.duplicates.DENSE", 1.0)
     assert sorted(by_product.tolist()) == sorted(near_copies(hashes, thumbs, splits).tolist())
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_few_images_are_compared(count: int) -> None:
+    hashes, thumbs = np.zeros(count, np.uint64), np.zeros((count, SIDE * SIDE), np.uint8)
+    assert near_copies(hashes, thumbs, np.zeros(count, np.int8)).shape == (0, 2)

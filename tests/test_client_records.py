@@ -59,3 +59,13 @@ def test_a_word_of_the_writers_own_is_refused() -> None:
     row["seconds"] = np.nan
     with pytest.raises(ValueError, match="seconds"):
         unpack(np.frombuffer(row.tobytes(), RECORD)[0])
+
+
+@pytest.mark.parametrize(("field", "value"), [("seconds", np.nan), ("seconds", np.inf), ("seconds", -1.0)])
+@pytest.mark.parametrize("month", [1, 189500, 202013, 202000, 210101, 2**32 - 1])
+def test_numbers_that_cannot_be_are_refused(field: str, value: float, month: int) -> None:
+    for name, number in ((field, value), ("month", month)):
+        row = pack(Entry(""))
+        row[name] = number
+        with pytest.raises(ValueError, match=name):
+            unpack(np.frombuffer(row.tobytes(), RECORD)[0])
