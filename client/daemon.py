@@ -87,6 +87,7 @@ class Daemon:
             folder = stack.enter_context(_private_folder(config.socket))
             listener = stack.enter_context(gate.listening(config.socket, folder, config.peers - {os.geteuid(), 0}))
             self._desk = Desk()
+            self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="daemon")
             self._server = self._serving(folder)
             allowed = frozenset({os.geteuid(), 0, *config.peers})
             self._gate = gate.Gate(listener, folder / _INNER, allowed)
@@ -99,12 +100,11 @@ class Daemon:
             ended = self._desk.close(patience_s)
             self._server.stop(1.0).wait()
             self._gate.close()
+            self._threads.shutdown()
         return ended
 
     def _serving(self, folder: Path) -> Any:
-        server = grpc.server(
-            ThreadPoolExecutor(THREADS, thread_name_prefix="daemon"), options=[*LIMITS, ("grpc.so_reuseport", 0)]
-        )
+        server = grpc.server(self._threads, options=LIMITS)
         methods = {"Hello": self._hello, "Answer": self._answer, "Status": self._status}
         handlers = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
@@ -169,7 +169,7 @@ class Daemon:
             "since": since,
             "examples": health.examples,
             "device": health.device,
-            "memory": _memory(),
+            "memory": _memory(health.device),
             "refused": {"code": refused[0], "at": refused[1]} if refused else None,
             "turned_away": self._gate.turned_away,
             "versions": _versions(),
@@ -267,11 +267,10 @@ def _state(opened: bool, code: str, working: bool, phase: str) -> str:
     return "unusable" if code else "starting"
 
 
-def _memory() -> dict[str, int]:
-    """Return bytes in use: of the process, and on the GPU if there is one."""
+def _memory(device: str) -> dict[str, int]:
+    """Return bytes in use: of the process, and on the GPU if the site uses one."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    torch = sys.modules.get("torch")  # not imported for this
-    gpu = torch.cuda.memory_reserved() if torch and torch.cuda.is_available() else 0
+    gpu = sys.modules["torch"].cuda.memory_reserved() if device == "cuda" else 0
     return {"resident": pages * os.sysconf("SC_PAGE_SIZE"), "gpu": gpu}
 
 

@@ -69,7 +69,11 @@ def erase(
     records = [(store, theirs) for store, theirs, *_ in found]
     if any(len(rows) for _, rows in (*features, *images, *records)):
         _renew_mark(cache)
-    return Erased(*(sum(store.remove(rows) for store, rows in part) for part in (features, images, records)))
+    return Erased(
+        features=sum(store.remove(rows) for store, rows in features),
+        images=sum(store.remove(rows) for store, rows in images),
+        files=sum(store.remove(rows) for store, rows in records),
+    )
 
 
 def mark(cache: Path) -> bytes:

@@ -102,7 +102,7 @@ class Relay:
             with _channel(self._socket) as channel:
                 found: dict[str, Any] = json.loads(_call(channel, "Status", b"", HELLO_S))
                 return found
-        except grpc.RpcError as error:
+        except (grpc.RpcError, ValueError) as error:
             return {"state": "unavailable", "site": self._site, "code": _name(error)}
 
     @contextmanager

@@ -122,6 +122,6 @@ def _read(path: Path, now: float) -> Tenure | None:
         return tenure.model_copy(update={"heard": min(tenure.heard, now)})  # the clock may have been set back
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, ConfigError):
+    except (OSError, ValueError, ConfigError, RecursionError):
         _log.warning("%s cannot be read: the site takes itself for free", path.name)
         return None
