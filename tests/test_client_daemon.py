@@ -24,7 +24,7 @@ import pytest
 import tomli_w
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from client import audit, features, founding, gate, optout
+from client import audit, features, founding, optout
 from client.app import make_relay
 from client.cohort import Cohort
 from client.daemon import Daemon
@@ -272,7 +272,7 @@ def test_a_long_pass_is_pending_with_rising_progress(
         return images[rows]
 
     config = founded(tmp_path / "s")
-    with running(config, lambda _: noise(96, slow), patience_s=0.1) as (daemon, link):
+    with running(config, lambda _: noise(96, slow), patience_s=0.1) as (_, link):
         link.ask(conversation[0])
         link.ask(conversation[1])
         link.waited.clear()
