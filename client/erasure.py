@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from client.augmentation import MOST_VIEWS, Augmentation, keys
 from client.catalogue import CHANNELS, VERSION
-from client.presets import PRESETS
 from client.records import RECORD
 from client.rowstore import RowStore, open_as_bytes
+from common.presets import PRESETS
 
 _NO_IMAGE = bytes(32)
 _PART = 1024  # images whose keys of features are made at a time

@@ -15,8 +15,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from client.labels import Rules
 from client.pacs_config import DicomWeb
-from client.presets import PRESETS, Preset
 from common.errors import ConfigError
+from common.presets import PRESETS, Preset
 from common.strict import Section, read_toml, validated
 
 NAME = "site.toml"

@@ -183,6 +183,14 @@ class Training(Section):
         return Strategy.parse(self.strategy)
 
 
+HEAD_LR, DEEP_LR = 3e-4, 1e-4
+
+
+def base_lr(training: Training, *, deep: bool) -> float:
+    """Return the learning rate: the run's, else what was measured best for the head alone or for deeper cuts."""
+    return training.lr or (DEEP_LR if deep else HEAD_LR)
+
+
 class Privacy(Section):
     """Differential privacy: none in this version."""
 

@@ -52,6 +52,7 @@ from server.evaluation import (
     score_for_choice,
 )
 from server.federation import Answer, Federation, Traffic, require_quorum
+from server.spill import Spill
 from server.state import RoundLog, RunState
 
 Progress = Callable[[str, int, int], None]
@@ -135,6 +136,9 @@ class Coordinator:
         self._log = RoundLog(start.folder / "rounds.jsonl", self._lines_kept()) if start.folder else None
         self._entries: list[dict[str, Any]] = []
         self._traffic: dict[str, Traffic] = {}
+        values = sum(value.size for value in start.weights.values())
+        spilled = start.folder / "state" / "incoming" if start.folder else None
+        self._spill = Spill(spilled, 4 * values * len(start.run.sites.names))
         self._received: dict[str, int] = {}  # bytes of the trunk, by site
 
     def execute(self) -> Outcome:
@@ -354,6 +358,7 @@ class Coordinator:
         request = Train(self._fingerprint, number, vector, current.edges)
         received = codec.decode(vector, codec.shapes_of(current.weights), self._run.wire.dtype)
         tally = _Tally()
+        self._spill.clear()
         for answer in self._federation.ask(dict.fromkeys(self._cast.ready, request)):
             tally.add(self._admit_round(answer, current.edges))
             self._cast.status[answer.site] = tally.status(answer.site)
@@ -385,7 +390,10 @@ class Coordinator:
         except Rejected as rejected:
             return _Admitted(replace(answer, status="quarantined", reason=str(rejected)))
         return _Admitted(
-            answer, Contribution(answer.site, update, reply.num_examples), evaluation, float(reply.train_loss)
+            replace(answer, reply=None),  # the vector it holds is decoded
+            Contribution(answer.site, self._spill.keep(answer.site, update), reply.num_examples),
+            evaluation,
+            float(reply.train_loss),
         )
 
     def _judged(self, current: RunState, measured: Measured) -> RunState:

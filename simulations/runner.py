@@ -15,20 +15,19 @@ from client.app import make_app as make_client_app
 from client.augmentation import Augmentation
 from client.cohort import Cohort
 from client.features import Extractor
-from client.presets import PRESETS, Preset
-from client.training import base_lr
 from client.workshop import Workshop, choose_device
-from common import checkpoint, model
-from common.errors import CheckpointError, ConfigError, ConsiliumError, UsageError, unknown_value
+from common import model
+from common.errors import CheckpointError, ConsiliumError, UsageError, unknown_value
 from common.files import write_atomic, write_json
 from common.model import Built
+from common.presets import PRESETS, Preset
 from common.run_config import RunConfig, Simulation
 from common.weights import Weights
 from server import result
-from server.aggregation import check_sites
 from server.app import make_app as make_server_app
 from server.coordinator import Cast, Coordinator, Outcome, Start
 from server.federation import Federation
+from server.plan import settled
 from server.report import page
 from server.result import Surroundings, TrunkFacts
 from simulations import baselines, datasets, hospitals, partition
@@ -103,7 +102,7 @@ def set_scene(plan: RunConfig, cache: Path, progress: Progress) -> Scene:
     preset_name, preset = _preset(plan, simulation)
     size = plan.data.image_size or preset.image_size
     spec = partition.parse_spec(simulation.partition or _default_partition(simulation))
-    weights = Weights.parse(plan.model.weights, plan.model.backbone)  # a bad value fails before the data are read
+    Weights.parse(plan.model.weights, plan.model.backbone)  # a bad value fails before the data are read
     data_root = Path(simulation.data_root) if simulation.data_root else cache / "datasets"
     dataset = datasets.load(
         simulation.dataset,
@@ -117,38 +116,12 @@ def set_scene(plan: RunConfig, cache: Path, progress: Progress) -> Scene:
         progress=lambda done, total: progress("images", done, total),
     )
     parts = partition.partition(dataset.cohort, dataset.sites, spec, simulation.sites, plan.seed, cache)
-    names = tuple(sorted(parts))
-    check_sites(plan.training.rule, len(names))
-    quorum = plan.sites.quorum or len(names)
-    if quorum > len(names):
-        raise ConfigError(f"--quorum {quorum}: the run has {len(names)} sites")
-    training = plan.training
-    if training.local_epochs is None and training.local_steps is None:
-        training = training.model_copy(update={"local_epochs": 1})
-    training = training.model_copy(update={"lr": base_lr(training, deep=plan.model.trainable != "head")})
-    run = plan.model_copy(
-        update={
-            "task": plan.task.model_copy(
-                update={"name": dataset.name, "labels": dataset.cohort.label_names, "kind": dataset.cohort.kind}
-            ),
-            "data": plan.data.model_copy(
-                update={
-                    "preset": preset_name,
-                    "image_size": size,
-                    "views": plan.data.views or preset.views,
-                    "preprocessing": dataset.cohort.preprocessing,
-                }
-            ),
-            "model": plan.model.model_copy(update={"weights": str(weights.path or weights.source)}),
-            "training": training,
-            "sites": plan.sites.model_copy(update={"names": names, "quorum": quorum}),
-            "simulation": simulation.model_copy(update={"partition": str(spec), "data_root": str(data_root)}),
-        }
+    task = plan.task.model_copy(
+        update={"name": dataset.name, "labels": dataset.cohort.label_names, "kind": dataset.cohort.kind}
     )
-    built = model.pretrained(run)
-    content = model.frozen_content(built, run)
-    run = run.model_copy(update={"model": run.model.model_copy(update={"trunk_sha256": checkpoint.sha256(content)})})
-    return Scene(run, dataset, hospitals.cohorts(dataset.cohort, parts), built, content, device)
+    placed = simulation.model_copy(update={"partition": str(spec), "data_root": str(data_root)})
+    found = settled(plan.model_copy(update={"simulation": placed}), task, tuple(parts), preset_name)
+    return Scene(found.run, dataset, hospitals.cohorts(dataset.cohort, parts), found.built, found.trunk, device)
 
 
 def _preset(plan: RunConfig, simulation: Simulation) -> tuple[str, Preset]:
