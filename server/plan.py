@@ -55,7 +55,7 @@ def settled(plan: RunConfig, task: Task, names: Sequence[str], preset: str) -> S
             "sites": plan.sites.model_copy(update={"names": names, "quorum": quorum}),
         }
     )
-    return _with_trunk(run)
+    return with_trunk(run)
 
 
 def _data(plan: RunConfig, preset: str) -> Data:
@@ -72,7 +72,8 @@ def _data(plan: RunConfig, preset: str) -> Data:
     return plan.data.model_copy(update=update)
 
 
-def _with_trunk(run: RunConfig) -> Settled:
+def with_trunk(run: RunConfig) -> Settled:
+    """Return the run with the hash of the trunk that its backbone has."""
     built = model.pretrained(run)
     content = model.frozen_content(built, run)
     named = run.model.model_copy(update={"trunk_sha256": checkpoint.sha256(content)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from client.features import Extractor
 from client.workshop import Workshop, choose_device
 from common import model
 from common.errors import CheckpointError, ConsiliumError, UsageError, unknown_value
-from common.files import write_atomic, write_json
+from common.files import write_atomic
 from common.model import Built
 from common.presets import PRESETS, Preset
 from common.run_config import RunConfig, Simulation
@@ -69,29 +68,30 @@ def simulate(job: Job, progress: Progress) -> tuple[Path, dict[str, Any]]:
         ConsiliumError: the run failed; what was reached is in the folder.
     """
     begin = time.monotonic()
-    plan = _continued(job)
+    plan = continued(job)
     scene = set_scene(plan, job.cache, progress)
     check_faults(job.faults, scene.run.sites.names, scene.run.training.rounds)
-    folder = _open_folder(job, scene.run)
+    folder = open_folder(job, scene.run)
     workshop = Workshop(job.cache, scene.device)
     seconds = {"features": _fill(scene, job.cache, progress)}
     start = Start(scene.run, scene.trunk, model.trainable_values(scene.built.upper), folder)
-    around = _surroundings(scene)
+    around = around_of(scene)
     workshop.lend(scene.run.fingerprint(), scene.built)
     cast = Cast()
     try:
         outcome = federate(start, scene, workshop, job, cast, progress)
     except ConsiliumError as error:
         rounds = result.read_rounds(folder)
-        _finish(folder, result.failed(str(error), around(None, seconds), cast, rounds, time.monotonic() - begin))
+        found = result.failed(str(error), around(None, seconds), cast, rounds, time.monotonic() - begin)
+        result.finish(folder, found, page.write)
         raise
     seconds["rounds"] = outcome.seconds["rounds"]
-    compared, seconds["baselines"] = _compare(scene, start, workshop, folder, progress)
+    compared, seconds["baselines"] = compare(scene, start, workshop, folder, progress)
     seconds["total"] = time.monotonic() - begin
     known = around(compared, seconds)
     found = result.completed(outcome, known)
     result.write_model(folder / "model", outcome, known, found)
-    _finish(folder, found)
+    result.finish(folder, found, page.write)
     return folder, found
 
 
@@ -187,7 +187,7 @@ def federate(start: Start, scene: Scene, workshop: Workshop, job: Job, cast: Cas
     return outcomes[0]
 
 
-def _compare(
+def compare(
     scene: Scene, start: Start, workshop: Workshop, folder: Path, progress: Progress
 ) -> tuple[dict[str, Any] | None, float]:
     if not (scene.run.simulation and scene.run.simulation.baselines):
@@ -198,7 +198,7 @@ def _compare(
     return found, time.monotonic() - begin
 
 
-def _surroundings(scene: Scene) -> Callable[[Mapping[str, Any] | None, Mapping[str, float]], Surroundings]:
+def around_of(scene: Scene) -> Callable[[Mapping[str, Any] | None, Mapping[str, float]], Surroundings]:
     """Return what completes the facts of a run once baselines and times are known."""
     values = model.trainable_values(scene.built.upper)
     trunk = TrunkFacts(scene.run.model.trunk_sha256, model.frozen_count(scene.built), len(scene.trunk))
@@ -226,7 +226,7 @@ def _surroundings(scene: Scene) -> Callable[[Mapping[str, Any] | None, Mapping[s
 # The run's folder
 
 
-def _continued(job: Job) -> RunConfig:
+def continued(job: Job) -> RunConfig:
     """Return the plan, or with --resume the one that the folder holds."""
     if not job.resume:
         return job.plan
@@ -238,7 +238,7 @@ def _continued(job: Job) -> RunConfig:
     return RunConfig.from_toml(path.read_text(encoding="utf-8"), str(path))
 
 
-def _open_folder(job: Job, run: RunConfig) -> Path:
+def open_folder(job: Job, run: RunConfig) -> Path:
     """Make the run's folder, or check that it is this run's.
 
     Raises:
@@ -272,10 +272,3 @@ def next_folder(root: Path, run: RunConfig) -> Path:
     while (root / f"{stem}-{number}").exists():
         number += 1
     return root / f"{stem}-{number}"
-
-
-def _finish(folder: Path, found: Mapping[str, Any]) -> None:
-    write_json(folder / "result.json", found)
-    page.write(found, folder / "report.html")
-    if found["status"] != "failed":
-        shutil.rmtree(folder / "state", ignore_errors=True)
