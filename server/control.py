@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -369,7 +370,9 @@ def bundle() -> bytes:
             }
         },
     }
-    content, _ = build_fab_from_files({"pyproject.toml": tomli_w.dumps(config).encode(), "stub.py": _STUB.encode()})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "GitWildMatchPattern", DeprecationWarning)  # flwr 1.41 under pathspec 1
+        content, _ = build_fab_from_files({"pyproject.toml": tomli_w.dumps(config).encode(), "stub.py": _STUB.encode()})
     return content
 
 
