@@ -286,7 +286,13 @@ class Control:
         self._let_others_go_first(run_id)
         with self._open(RuntimeHttpClient, self._patience, taking=True) as client:
             while True:
-                taken = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+                try:
+                    taken = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+                except RunEnded:  # Flower's one word for all that it does not believe
+                    raise ConsiliumError(
+                        f"the SuperLink at {self._where} does not take this SuperExec secret; was the file changed "
+                        "after it was started?"
+                    ) from None
                 if not taken.token:
                     raise ConsiliumError(f"run {run_id}: has no task to take; it was taken before or has ended")
                 token = str(taken.token)

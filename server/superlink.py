@@ -82,7 +82,9 @@ def _application(database: Path, superexec: bytes) -> FastAPI:
     from flwr.superlink.main import create_app
     from sqlalchemy.exc import SQLAlchemyError
 
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    flower = logging.getLogger("flwr")
+    flower.handlers.clear()  # a console of colours, beside the root's handlers
+    flower.setLevel(logging.ERROR)
     config = SuperLinkLifespanConfig(
         control_address="",
         health_server_address=None,

@@ -614,6 +614,14 @@ def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
     assert running.end() == 0
 
 
+@pytest.fixture(scope="module")
+def superlink_behind_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
+    """A SuperLink that leaves TLS to a proxy."""
+    running = SuperLink(tmp_path_factory.mktemp("coordinator"), tls=False).start()
+    yield running
+    assert running.end() == 0
+
+
 @pytest.fixture
 def links() -> Iterator[Callable[..., Link]]:
     """Return a maker of hospitals' ends at a SuperLink's public listener."""

@@ -81,6 +81,21 @@ def test_another_coordinators_secret_is_one_line(superlink: Any, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_a_task_goes_to_nobody_without_the_superexec_secret(superlink: Any) -> None:
+    secret = superlink.endpoints.superexec_secret
+    kept = secret.read_bytes()
+    secret.write_bytes(bytes(32))
+    try:
+        with Control(superlink.endpoints) as control:
+            run_id = control.start_run(bundle())
+            with pytest.raises(ConsiliumError, match="does not take this SuperExec secret"), control.grid(run_id):
+                pytest.fail("the block of a run whose task was not had must not begin")
+            control.stop_run(run_id)
+    finally:
+        secret.write_bytes(kept)
+
+
+@pytest.mark.slow
 def test_a_proxy_of_the_environment_never_sees_the_secret(
     superlink: Any, monkeypatch: pytest.MonkeyPatch, links: Callable[..., Any]
 ) -> None:
