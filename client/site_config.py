@@ -96,6 +96,7 @@ class CoordinatorSection(Section):
     address: str = ""  # host:port
     ca_certificate: Place = ""  # PEM file
     private_key: Place = ""  # file, for the eyes of its owner only
+    proxy: str = ""  # http://host:port, on the way to the coordinator
 
 
 class ComputeSection(Section):
