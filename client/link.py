@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import httpx
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -258,36 +258,33 @@ class _Session:
         self._heart.join(_HURRY)
 
     def _activate(self) -> int:
-        """Take the lease; one that a killed link left behind is given back first, with the same key.
+        """Take the lease, or go on with one that a killed link left behind.
+
+        Flower gives a held lease to nobody for a minute, but a sign of life with the same key carries it on. Giving it
+        back first would do too, but for a moment the site would be away, and what is on its way to it fail.
 
         Raises:
-            Trouble: the key is not enrolled, or the lease is held.
+            Trouble: the key is not enrolled.
         """
-        node_id = self._lease()
-        if node_id is not None:
-            return node_id
-        known = self._known()
-        if known is None:
-            raise Trouble("not_enrolled")
-        try:
-            self.client.DeactivateNode(DeactivateNodeRequest(node_id=known))
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code == httpx.codes.UNAUTHORIZED:
-                raise Trouble("not_enrolled") from None
-            if flower_code(error.response) != ApiErrorCode.FLEET_NODE_DEACTIVATION_FAILED:
-                raise
-        node_id = self._lease()
-        if node_id is None:
-            raise Trouble("lease_held")
-        return node_id
-
-    def _lease(self) -> int | None:
         request = ActivateNodeRequest(public_key=self._key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         try:
             return int(self.client.ActivateNode(request).node_id)
         except httpx.HTTPStatusError as error:
-            if flower_code(error.response) == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
-                return None
+            if flower_code(error.response) != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+                raise
+        known = self._known()
+        if known is None or not self._alive(Node(node_id=known)):
+            raise Trouble("not_enrolled")
+        return known
+
+    def _alive(self, node: Node) -> bool:
+        """Give a sign of life; False where the coordinator does not take it for this node's."""
+        request = SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        try:
+            return bool(self.client.SendNodeHeartbeat(request).success)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == httpx.codes.UNAUTHORIZED:
+                return False
             raise
 
     def _known(self) -> int | None:
@@ -305,10 +302,9 @@ class _Session:
                 _log.warning("node_id cannot be written (%s)", error.strerror)
 
     def _beat(self) -> None:
-        request = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         while not self._over.wait(HEARTBEAT):
             try:
-                self.client.SendNodeHeartbeat(request)
+                self._alive(self.node)
             except Exception as error:  # noqa: BLE001  whoever asks for work meets the same trouble, and deals with it
                 _log.debug("a heartbeat failed: %r", error)
 
@@ -405,8 +401,8 @@ class _Link:
                 return_type=Message,
             )
             message.metadata.__dict__["_message_id"] = tree.object_id  # not part of what is sent
-            if not message.has_content():
-                raise ValueError("a message without content")
+            if not message.has_content() or not isinstance(message.content, RecordDict):
+                raise ValueError("a message without records")
         except (httpx.HTTPError, *_UNDELIVERABLE):
             raise
         except Exception:  # noqa: BLE001  whatever was sent, it is no message
@@ -455,9 +451,8 @@ def _push(session: _Session, reply: Message, seconds: float) -> None:
 def _certificate_ends(response: httpx.Response) -> float | None:
     """Return when the certificate of who answered ends, in seconds since 1970."""
     stream = response.extensions.get("network_stream")
-    channel = stream.get_extra_info("ssl_object") if stream is not None else None
-    certificate = channel.getpeercert() if isinstance(channel, ssl.SSLSocket | ssl.SSLObject) else None
-    ends = certificate.get("notAfter") if certificate else None
+    channel: Any = stream.get_extra_info("ssl_object") if stream is not None else None
+    ends = (channel.getpeercert() or {}).get("notAfter") if channel is not None else None
     return float(ssl.cert_time_to_seconds(ends)) if isinstance(ends, str) else None
 
 

@@ -93,12 +93,7 @@ WORDS = {
     "not_enrolled": Words(
         "not_enrolled",
         "The coordinator does not know this site's key, or sees it in use elsewhere.",
-        "Send the site's enrolment file to the coordinator, and let no second link run with this key.",
-    ),
-    "lease_held": Words(
-        "lease_held",
-        "The coordinator still holds this site's last connection.",
-        "Nothing: it lets go within a minute. If it does not, another link runs with this key.",
+        "Send the site's enrolment file to the coordinator. In use elsewhere: stop that link, and wait a minute.",
     ),
     "proxy_unreachable": Words(
         "proxy",
