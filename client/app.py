@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -18,6 +18,14 @@ from common.messages import KINDS, REQUEST_OF, MalformedMessage, Reply, Request,
 
 Handle = Callable[[Request], Reply]
 OpenSite = Callable[[Mapping[str, Any]], Handle]
+
+
+class Relay(Protocol):
+    """What passes records on to a site: `client.relay.Relay`, which never raises."""
+
+    def answer(self, kind: str, record: RecordDict) -> RecordDict:
+        """Return the answer to a request of a kind."""
+
 
 _log = logging.getLogger("consilium.site")
 
@@ -36,6 +44,26 @@ def make_app(open_site: OpenSite) -> ClientApp:
         if category == "query":
             app.query(action)(answer)
     return app
+
+
+def make_relay(relay: Relay) -> ClientApp:
+    """Return a ClientApp that passes records on as they are, if they are of a kind that a site answers."""
+    return _Relayed(relay)
+
+
+class _Relayed(ClientApp):
+    """Answers every message, also of types that Flower would find no function for."""
+
+    def __init__(self, relay: Relay) -> None:
+        super().__init__()
+        self._relay = relay
+
+    def __call__(self, message: Message, context: Context) -> Message:  # noqa: ARG002
+        """Return the answer to a message."""
+        kind = message.metadata.message_type
+        if kind in REQUEST_OF and message.has_content():
+            return Message(self._relay.answer(kind, message.content), reply_to=message)
+        return Message(refusal("malformed"), reply_to=message)
 
 
 def _answer(message: Message, open_site: OpenSite, node: Mapping[str, Any]) -> RecordDict:

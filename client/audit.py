@@ -35,6 +35,9 @@ EVENTS = {
     "check": "the data were examined",
     "pull": "images were pulled from the PACS",
     "forget": "patients were taken out",
+    "run": "a run was given the site, or gave it free",
+    "reply": "a reply to a coordinator was made, to be sent",
+    "refused": "a coordinator's request was refused; the same refusal again is told once",
     "torn_line": "the line before was cut short by a crash",
 }
 """What can happen: event -> meaning."""

@@ -8,6 +8,7 @@ patient is found, last: an erasure that was cut short is finished by running it 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,10 @@ from client.catalogue import CHANNELS, VERSION
 from client.presets import PRESETS
 from client.records import RECORD
 from client.rowstore import RowStore, open_as_bytes
+from common.errors import CacheError
+from common.files import write_atomic
 
+_MARK = "erased"
 _NO_IMAGE = bytes(32)
 _PART = 1024  # images whose keys of features are made at a time
 
@@ -61,11 +65,27 @@ def erase(
     others = set().union(*(kept for *_, kept in found))
     images = [(store, _not_of(store, others)) for kind in CHANNELS for store in _stores(cache / "images", kind)]
     gone = set().union(*(theirs for _, _, theirs, _ in found), *(map(bytes, lost) for _, lost in images)) - others
-    return Erased(
-        features=sum(store.remove(_features_of(store, sorted(gone))) for store in _stores(cache / "features")),
-        images=sum(store.remove(theirs) for store, theirs in images),
-        files=sum(store.remove(theirs) for store, theirs, *_ in found),
-    )
+    features = [(store, _features_of(store, sorted(gone))) for store in _stores(cache / "features")]
+    records = [(store, theirs) for store, theirs, *_ in found]
+    if any(len(rows) for _, rows in (*features, *images, *records)):
+        _renew_mark(cache)
+    return Erased(*(sum(store.remove(rows) for store, rows in part) for part in (features, images, records)))
+
+
+def mark(cache: Path) -> bytes:
+    """Return what changes whenever rows are deleted: whoever has the caches open must open them anew then."""
+    try:
+        return (cache / _MARK).read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _renew_mark(cache: Path) -> None:
+    """Change the mark before the first row is deleted, so that a crash in between costs no more than a second look."""
+    try:
+        write_atomic(cache / _MARK, os.urandom(16), mode=0o600)
+    except OSError as error:
+        raise CacheError(f"the cache folder {cache} cannot be written ({error.strerror})") from None
 
 
 def _theirs(

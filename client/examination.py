@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,10 +77,14 @@ def pull(config: SiteConfig, progress: Progress) -> Pulled:
 
 
 @contextmanager
-def alone(config: SiteConfig) -> Iterator[None]:
+def alone(config: SiteConfig) -> Iterator[Callable[[], None]]:
     """Let no other process examine the site's data or forget patients meanwhile: the later one waits.
 
     An examination that began before a patient was taken out would else write their images when they are forgotten.
+
+    Yields:
+        What lets those who wait go first, and returns when it is this process's turn again: the caches may have lost
+        rows by then, see `client.erasure.mark`.
 
     Raises:
         ConsiliumError: the cache cannot be made.
@@ -91,9 +96,15 @@ def alone(config: SiteConfig) -> Iterator[None]:
         raise ConsiliumError(f"{config.cache}: cannot be opened ({error.strerror})") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield lambda: _give_way(handle)
     finally:
         os.close(handle)
+
+
+def _give_way(handle: int) -> None:
+    fcntl.flock(handle, fcntl.LOCK_UN)
+    time.sleep(0.001)  # whoever waits is woken, and needs a moment to take it
+    fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def examine(config: SiteConfig, progress: Progress) -> Findings:

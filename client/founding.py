@@ -25,6 +25,8 @@ TEMPLATE = """\
 [site]
 {name}
 # state = "state"                   # folder of the secret, the index, the caches and the audit trail
+# socket = ""                       # where the daemon listens, at most 107 bytes; empty: daemon.sock in the state
+# peers = []                        # users who may speak to the daemon besides its own, such as "consilium-link"
 
 [data]
 # Folder of the images: DICOM, PNG, JPEG, TIFF, at any depth. Empty: what is pulled from the PACS, see [data.dicomweb].

@@ -5,6 +5,7 @@ Trunks are kept once for all sites that share the folder, under their SHA-256. N
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,46 @@ class Memory:
         """Keep a trunk that was verified; one that is there already stays, unless it is damaged."""
         if self._whole(sha256) is None:
             write_atomic(self.trunks / f"{sha256}.safetensors", content)
+        self.drop_trunk_part(sha256)
+        self.choose_trunk(sha256)
+
+    def choose_trunk(self, sha256: str) -> None:
+        """Make a trunk that is kept the one of the run."""
         write_atomic(self.folder / "trunk.sha256", sha256.encode())
+
+    def keeps(self, sha256: str) -> bool:
+        """Return whether a trunk is here and whole: from an earlier run, or put there by hand."""
+        return self._whole(sha256) is not None
+
+    def trunk_part(self, sha256: str) -> int:
+        """Return how many bytes of a trunk have been received."""
+        try:
+            return self._part(sha256).stat().st_size
+        except OSError:
+            return 0
+
+    def add_trunk_part(self, sha256: str, offset: int, content: bytes) -> int:
+        """Add a part and return how many bytes are there; -1 if it leaves a gap. A part that comes twice is no harm."""
+        if not 0 <= offset <= self.trunk_part(sha256):
+            return -1
+        with self._part(sha256).open("r+b" if offset else "wb") as file:
+            file.seek(offset)
+            file.write(content)
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+        return offset + len(content)
+
+    def joined_trunk(self, sha256: str) -> bytes:
+        """Return the parts received."""
+        return self._part(sha256).read_bytes()
+
+    def drop_trunk_part(self, sha256: str) -> None:
+        """Forget the parts received."""
+        self._part(sha256).unlink(missing_ok=True)
+
+    def _part(self, sha256: str) -> Path:
+        return self.folder / f"{sha256}.part"
 
     def frozen(self) -> Frozen | None:
         """Return standardiser and class weights, if they were received."""

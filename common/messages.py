@@ -12,6 +12,9 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from common.errors import ConsiliumError, SiteRefusal
@@ -23,6 +26,12 @@ REFUSALS = (
     "not_prepared",  # training or evaluation before features and standardiser are there
     "labels_differ",  # the site's labels are not the run's, or of another kind
     "preprocessing_differs",  # the site's images were preprocessed in another way
+    "version_differs",  # the two ends run different versions of this package
+    "policy",  # the site's own policy does not allow the run; its own log says which line of it
+    "busy",  # the site is in another run
+    "no_cohort",  # the site's data cannot be used; its own log says why
+    "unknown_ticket",  # the work that is asked for is not known here: the site was restarted since
+    "unavailable",  # the site's daemon cannot be reached from its link
     "internal",  # the site failed; its own log says why
 )
 
@@ -41,6 +50,8 @@ class Describe:
     """Tell a site of a run and ask what it has."""
 
     run: str  # the RunConfig as TOML
+    version: str = ""  # of this package at the coordinator; empty where both ends are one process
+    ended: str = ""  # fingerprints, blanks between them, of runs that the coordinator knows to be over
 
 
 @dataclass(frozen=True)
@@ -52,15 +63,18 @@ class Description:
     # (`common.multilabel.STATES`) and label of the run, so that every column of a split sums to its examples
     support: NDArray[np.int64]
     trunk_sha256: str  # of the trunk it holds; empty for none
+    trunk_bytes: int = 0  # of the run's trunk that it has received so far, while that is not whole
 
 
 @dataclass(frozen=True)
 class InstallTrunk:
-    """The frozen tensors, once a run."""
+    """The frozen tensors, or a part of them: for a site that does not hold them, once."""
 
     fingerprint: str
-    sha256: str
+    sha256: str  # of the whole
     content: NDArray[np.uint8]
+    offset: int = 0  # of this part in the whole
+    size: int = 0  # bytes of the whole; 0: this part is the whole
 
 
 @dataclass(frozen=True)
@@ -158,7 +172,32 @@ class Evaluated:
     log_loss: NDArray[np.float64]
 
 
-Request = Describe | InstallTrunk | Prepare | Statistics | Freeze | Train | Evaluate
+@dataclass(frozen=True)
+class Collect:
+    """Ask for the reply to a request that was answered with `Pending`."""
+
+    ticket: str
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Any request's answer while a site is at work on it: ask again with `Collect`."""
+
+    ticket: str
+    phase: str  # what is being done: a word of the site's, for the eyes of the coordinator
+    done: int
+    total: int  # 0: not known
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Tell a site that the run is over, so that it is free for another."""
+
+    fingerprint: str
+    status: str  # how it ended: completed, completed_partial, failed, stopped
+
+
+Request = Describe | InstallTrunk | Prepare | Statistics | Freeze | Train | Evaluate | Finish | Collect
 Reply = Description | Summed | Done | Trained | Evaluated
 
 # Each request's Flower message type, and what answers it.
@@ -170,6 +209,8 @@ KINDS: dict[type[Any], tuple[str, type[Any]]] = {
     Freeze: ("query.freeze", Done),
     Train: ("train", Trained),
     Evaluate: ("evaluate", Evaluated),
+    Finish: ("query.finish", Done),
+    Collect: ("query.collect", Pending),  # or the reply that was waited for
 }
 _FIELD_TYPES = {kind: get_type_hints(kind) for request, (_, reply) in KINDS.items() for kind in (request, reply)}
 REQUEST_OF: dict[str, type[Any]] = {kind: request for request, (kind, _) in KINDS.items()}
@@ -179,7 +220,7 @@ class MalformedMessage(ConsiliumError):
     """A message lacks a field, or a field has another type."""
 
 
-def to_record(message: Request | Reply) -> RecordDict:
+def to_record(message: Request | Reply | Pending) -> RecordDict:
     """Return a message as Flower's records."""
     arrays: dict[str, Array] = {}
     weights: dict[str, Array] = {}
@@ -210,6 +251,34 @@ def from_record(record: RecordDict, expected: type[T]) -> T:
     values: dict[str, Any] = {**facts, **{name: _from_array(array) for name, array in arrays.items()}}
     _check_types(values, expected)
     return expected(**values)
+
+
+def pending(record: RecordDict) -> Pending | None:
+    """Return the records as `Pending`, if that is what they are."""
+    facts = record.config_records.get("facts")
+    if facts is None or set(facts) != {entry.name for entry in fields(Pending)}:
+        return None
+    return from_record(record, Pending)
+
+
+def to_bytes(record: RecordDict) -> bytes:
+    """Return records as bytes, for a channel that is not Flower's."""
+    content: bytes = recorddict_to_proto(record).SerializeToString(deterministic=True)
+    return content
+
+
+def from_bytes(content: bytes) -> RecordDict:
+    """Return the records of bytes.
+
+    Raises:
+        MalformedMessage: they are not those of records.
+    """
+    message = ProtoRecordDict()
+    try:
+        message.ParseFromString(content)
+        return recorddict_from_proto(message)
+    except (DecodeError, ValueError, TypeError, KeyError, AttributeError) as error:  # what Flower's reading ends in
+        raise MalformedMessage(f"no records ({type(error).__name__})") from None
 
 
 def refusal(code: str) -> RecordDict:

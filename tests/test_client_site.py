@@ -351,21 +351,63 @@ def test_the_same_run_described_again_changes_nothing(hospital: Hospital) -> Non
     assert content_of(site.handle(hospital.train())) == base
 
 
-def test_another_run_starts_from_nothing(hospital: Hospital) -> None:
+def test_another_run_starts_from_nothing_but_the_trunk(hospital: Hospital) -> None:
     site = hospital.settled(hospital.site())
     old = copy.copy(hospital)
     hospital.run = hospital.run.model_copy(update={"seed": 5})
     described = site.handle(Describe(hospital.run.to_toml()))
     assert isinstance(described, Description)
-    assert described.trunk_sha256 == ""
+    assert described.trunk_sha256 == hospital.run.model.trunk_sha256
     assert refused(site, old.train()) == "unknown_run"
-    assert refused(site, hospital.train()) == "unknown_trunk"
-    site.handle(hospital.install())
     site.handle(Prepare(hospital.fingerprint))
     assert refused(site, hospital.train()) == "not_prepared"
     assert refused(hospital.site(), hospital.train()) == "not_prepared"
     site.handle(hospital.freeze())
     assert isinstance(site.handle(hospital.train()), Trained)
+
+
+def parts_of(hospital: Hospital, size: int) -> list[InstallTrunk]:
+    whole = hospital.trunk
+    return [
+        replace(
+            hospital.install(),
+            content=np.frombuffer(whole[offset : offset + size], np.uint8),
+            offset=offset,
+            size=len(whole),
+        )
+        for offset in range(0, len(whole), size)
+    ]
+
+
+def test_a_trunk_in_parts_goes_on_where_it_was_cut_off(hospital: Hospital) -> None:
+    parts = parts_of(hospital, len(hospital.trunk) // 3)
+    site = hospital.site()
+    site.handle(Describe(hospital.run.to_toml()))
+    site.handle(parts[0])
+    assert refused(site, parts[2]) == "malformed"  # a gap
+    described = hospital.site().handle(Describe(hospital.run.to_toml()))
+    assert isinstance(described, Description)
+    assert (described.trunk_sha256, described.trunk_bytes) == ("", len(parts[0].content))
+    restarted = hospital.site()
+    for part in [*parts[:2], *parts[1:]]:  # a part that comes twice is no harm
+        restarted.handle(part)
+    described = restarted.handle(Describe(hospital.run.to_toml()))
+    assert isinstance(described, Description)
+    assert (described.trunk_sha256, described.trunk_bytes) == (hospital.run.model.trunk_sha256, 0)
+    assert not list(hospital.folder.rglob("*.part"))
+
+
+def test_parts_that_are_not_the_trunk_are_thrown_away(hospital: Hospital) -> None:
+    parts = parts_of(hospital, len(hospital.trunk) // 2 + 1)
+    spoiled = parts[1].content.copy()
+    spoiled[-1] ^= 1
+    site = hospital.site()
+    site.handle(Describe(hospital.run.to_toml()))
+    site.handle(parts[0])
+    assert refused(site, replace(parts[1], content=spoiled)) == "unknown_trunk"
+    described = site.handle(Describe(hospital.run.to_toml()))
+    assert isinstance(described, Description)
+    assert (described.trunk_sha256, described.trunk_bytes) == ("", 0)
 
 
 def test_a_trunk_that_was_damaged_on_disk_is_asked_for_again(hospital: Hospital) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args
 
@@ -18,14 +19,17 @@ from common.messages import (
     KINDS,
     REFUSALS,
     REQUEST_OF,
+    Collect,
     Describe,
     Description,
     Done,
     Evaluate,
     Evaluated,
+    Finish,
     Freeze,
     InstallTrunk,
     MalformedMessage,
+    Pending,
     Prepare,
     Reply,
     Request,
@@ -34,8 +38,11 @@ from common.messages import (
     Train,
     Trained,
     count_bytes,
+    from_bytes,
     from_record,
+    pending,
     refusal,
+    to_bytes,
     to_record,
 )
 
@@ -58,6 +65,9 @@ EXAMPLES: list[Any] = [
     Trained(np.float16([1.5]), 12, 0.5, *EVALUATION),
     Evaluate("f" * 64, "test", np.float32([1.5]), FLOATS),
     Evaluated(*EVALUATION),
+    Finish("f" * 64, "completed"),
+    Collect("0" * 64),
+    Pending("0" * 64, "features", 3, 0),
 ]
 law = settings(deadline=None, max_examples=50)
 
@@ -88,7 +98,7 @@ def install(array: Array) -> RecordDict:
 
 
 def test_every_request_and_reply_is_in_the_examples_and_every_request_has_a_kind() -> None:
-    requests, replies = set(get_args(Request)), set(get_args(Reply))
+    requests, replies = set(get_args(Request)), {*get_args(Reply), Pending}
     assert {type(example) for example in EXAMPLES} == requests | replies
     assert set(KINDS) == set(REQUEST_OF.values()) == requests
     assert {reply for _, reply in KINDS.values()} == replies
@@ -300,5 +310,30 @@ def test_half_the_precision_is_half_the_bytes_of_weights_and_changes_nothing_els
 
 
 def test_an_empty_text_and_one_beyond_ascii_are_counted() -> None:
-    assert count_bytes(to_record(Description("", np.zeros((3, 0), np.int64), ""))) == (0, len("site" + "trunk_sha256"))
-    assert count_bytes(to_record(Describe("ü")))[1] == len("run") + 2
+    assert count_bytes(to_record(Description("", np.zeros((3, 0), np.int64), ""))) == (
+        0,
+        len("site" + "trunk_sha256" + "trunk_bytes") + 8,
+    )
+    assert count_bytes(to_record(Describe("ü")))[1] == len("run" + "version" + "ended") + 2
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_a_message_comes_back_equal_as_bytes(message: Any) -> None:
+    assert_same(from_record(from_bytes(to_bytes(to_record(message))), type(message)), message)
+
+
+@law
+@given(st.binary(max_size=200), st.integers(0, 2**32))
+def test_bytes_that_are_no_records_are_malformed(noise: bytes, place: int) -> None:
+    whole = to_bytes(to_record(EXAMPLES[1]))
+    spoiled = bytearray(whole)
+    spoiled[place % len(whole)] ^= 1 + place % 255
+    for content in (noise, bytes(spoiled), whole[: place % len(whole)]):
+        with suppress(MalformedMessage):
+            assert isinstance(from_bytes(content), RecordDict)
+
+
+def test_only_an_answer_that_waits_is_pending() -> None:
+    found = {type(example) for example in EXAMPLES if pending(to_record(example)) is not None}
+    assert found == {Pending}
+    assert pending(refusal("busy")) is None

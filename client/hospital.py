@@ -1,0 +1,323 @@
+"""What the daemon's desk works on: one hospital in one run at a time, its cohort opened once.
+
+Everything here but `heard`, `changed` and `status` runs on the desk's one thread.
+
+The caches of a site are also written by `consilium site check` and `consilium site forget`, in processes of their own.
+So every request holds the site's lock (`client.examination.alone`) as long as it is at work, and no longer: between two
+requests anybody may have it, and a pass over the images lets others go first whenever it has written a part. A patient
+who is taken out is on the opt-out list before anything of theirs is deleted. Whenever that list has changed, or rows
+were deleted (`client.erasure.mark`), work that is under way ends at its next part, and cohort, model and caches are
+opened anew: in a run, with those examples that are left of it and no others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from client import audit, erasure, examination, intake
+from client.cohort import SPLITS, Cohort
+from client.desk import Progress
+from client.memory import Memory
+from client.site_config import SiteConfig
+from client.tenancy import Tenancy, Tenure
+from common.errors import ConfigError, ConsiliumError, SiteRefusal
+from common.messages import (
+    KINDS,
+    REFUSALS,
+    Describe,
+    Done,
+    Finish,
+    Reply,
+    Request,
+    to_bytes,
+    to_record,
+)
+from common.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from client.site import Site  # imports torch, which takes seconds
+
+OpenCohort = Callable[[Progress], Cohort]
+"""Returns a site's examples, telling of its progress."""
+
+_Marks = tuple[tuple[int, ...], bytes]
+_RELEASE = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+")
+_TICKETS = 8
+_log = logging.getLogger("consilium.site")
+
+
+class _Changed(BaseException):
+    """Rows that the work at hand counts on are gone, or are to go."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """How a hospital is."""
+
+    opened: bool  # the cohort is there
+    code: str  # of the refusal that requests meet as long as it is not; empty: not tried to the end yet
+    examples: dict[str, int]  # by split
+    device: str
+    tenure: Tenure | None
+    refused: tuple[str, float] | None  # the last refusal: code, and seconds since 1970
+
+
+class Hospital:
+    """One site with its cohort, its memory and the run that it is in.
+
+    Args:
+        config: the site; its state is there.
+        open_cohort: where its examples come from; None: from its own data.
+
+    Raises:
+        OSError: the state cannot be written.
+    """
+
+    def __init__(self, config: SiteConfig, open_cohort: OpenCohort | None = None) -> None:
+        self._config = config
+        self._source = open_cohort or (lambda progress: intake.cohort(config, progress))
+        self._memory = Memory.at(config.state / "federation", config.name)
+        self._tenancy = Tenancy(self._memory.folder / "run.json")
+        self._site: Site | None = None
+        self._marks: _Marks | None = None  # when the cohort was opened
+        self._examined = 0
+        self._members: Cohort | None = None  # whoever is in the run: nobody may join them later
+        self._fewer = False  # the cohort is what is left of its members
+        self._code = ""
+        self._device = ""
+        self._refused: tuple[str, float] | None = None
+        self._told: tuple[str, str] | None = None
+        self._tickets: deque[tuple[str, str]] = deque(maxlen=_TICKETS)
+        self._step: Callable[[int, int], None] = lambda _done, _total: None
+
+    # ------------------------------------------------------------------------------------------- from any thread
+
+    def expect(self, ticket: str, request: Request) -> None:
+        """Remember which run a ticket belongs to."""
+        self._tickets.append((ticket, getattr(request, "fingerprint", "")))
+
+    def heard(self, ticket: str) -> None:
+        """Take note that a ticket's run asked for it."""
+        fingerprint = dict(self._tickets).get(ticket, "")
+        if fingerprint:
+            self._tenancy.hear(fingerprint)
+
+    def changed(self) -> bool:
+        """Return whether patients were taken out since the cohort was opened."""
+        marks = self._marks
+        return marks is not None and marks != (_optout(self._config), erasure.mark(self._config.cache))
+
+    def health(self) -> Health:
+        """Return how it is."""
+        site = self._site
+        examples = {split: len(site.cohort.indices(split)) for split in SPLITS} if site else {}
+        return Health(site is not None, self._code, examples, self._device, self._tenancy.tenure, self._refused)
+
+    def refuse(self, code: str) -> None:
+        """Remember the last refusal."""
+        self._refused = (code if code in REFUSALS else "internal", time.time())
+
+    # -------------------------------------------------------------------------------------- on the desk's thread
+
+    def open(self, progress: Progress) -> bytes:
+        """Open the cohort, if it can be: work for the desk that nobody waits for."""
+        self._at_work(progress, lambda _site: Done())
+        return b""
+
+    def work(self, request: Request, progress: Progress) -> bytes:
+        """Return the bytes of the reply to a request; they and their hash are in the audit trail by then.
+
+        Raises:
+            SiteRefusal: with a code of `common.messages.REFUSALS`.
+        """
+        kind = KINDS[type(request)][0].rpartition(".")[2]
+        try:
+            content = to_bytes(to_record(self.answer(request, progress)))
+            facts = {"kind": {kind: 1}, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            audit.append(self._config.audit, "reply", facts)
+            self._told = None
+        except Exception as error:  # recorded, and raised on
+            self._record(kind, error.code if isinstance(error, SiteRefusal) else "internal")
+            raise
+        return content
+
+    def answer(self, request: Request, progress: Progress) -> Reply:
+        """Return the reply to a request.
+
+        Raises:
+            SiteRefusal: with a code of `common.messages.REFUSALS`.
+        """
+        if isinstance(request, Describe):
+            return self._describe(request, progress)
+        fingerprint = getattr(request, "fingerprint", "")
+        if isinstance(request, Finish):
+            self._end(fingerprint)
+            return Done()
+        held = self._tenancy.tenure
+        if held is None or held.fingerprint != fingerprint:
+            raise SiteRefusal("unknown_run")
+        self._tenancy.hear(fingerprint, getattr(request, "round", None))
+        return self._at_work(progress, lambda site: site.handle(request))
+
+    def _describe(self, request: Describe, progress: Progress) -> Reply:
+        if _release(request.version) != _release(importlib.metadata.version("consilium")):
+            raise SiteRefusal("version_differs")
+        try:
+            run = RunConfig.from_toml(request.run)
+        except ConfigError:
+            raise SiteRefusal("malformed") from None
+        check_policy(self._config, run)
+        fingerprint, held = run.fingerprint(), self._tenancy.tenure
+        if not self._tenancy.is_free(fingerprint, request.ended):
+            raise SiteRefusal("busy")
+        if held is None or held.fingerprint != fingerprint:
+            self._let_in()
+        reply = self._at_work(progress, lambda site: site.handle(request))
+        if held is not None and held.fingerprint != fingerprint:
+            self._end(held.fingerprint)
+        self._tenancy.begin(fingerprint, run.task.name, run.sites.deadline_s)
+        if held is None or held.fingerprint != fingerprint:
+            audit.append(self._config.audit, "run", {"fingerprint": fingerprint, "described": 1})
+            _log.info("in run %s", fingerprint[:12])
+        return reply
+
+    def _end(self, fingerprint: str) -> None:
+        if self._tenancy.end(fingerprint):
+            audit.append(self._config.audit, "run", {"fingerprint": fingerprint, "finished": 1})
+            _log.info("run %s is over", fingerprint[:12])
+
+    def _let_in(self) -> None:
+        """For a run that is new here, open the cohort anew if it was examined since, or is what is left of another."""
+        if self._site is None or self._fewer or self._examined != _examined(self._config):
+            self._site = self._members = None
+
+    def _at_work(self, progress: Progress, work: Callable[[Site], Reply]) -> Reply:
+        """Return what work on the site comes to; whenever patients were taken out meanwhile, it begins anew."""
+        while True:
+            try:
+                with examination.alone(self._config) as give_way:
+                    site = self._opened(progress)
+                    with self._telling(progress, give_way):
+                        return work(site)
+            except _Changed:
+                _log.info("patients were taken out: the cohort is opened anew")
+
+    @contextmanager
+    def _telling(self, progress: Progress, give_way: Callable[[], None]) -> Iterator[None]:
+        """Let the site's long work tell of its progress, let others go first, and end if rows are gone."""
+
+        def step(done: int, total: int) -> None:
+            progress("features", done, total)
+            give_way()
+            if self.changed():
+                raise _Changed
+
+        self._step = step
+        try:
+            yield
+        finally:
+            self._step = lambda _done, _total: None
+
+    def _opened(self, progress: Progress) -> Site:
+        if self._site is None or self.changed():
+            self._site = self._marks = None
+            try:
+                self._site = self._open(progress)
+                self._code = ""
+            except Exception as error:  # noqa: BLE001  its text may name a patient: the site's own log may say it
+                self._code = "no_cohort"
+                if isinstance(error, ConsiliumError):
+                    _log.error("the site's data cannot be used: %s", error)
+                else:
+                    _log.exception("the site's data cannot be used")
+                raise SiteRefusal("no_cohort") from None
+        return self._site
+
+    def _open(self, progress: Progress) -> Site:
+        """Return a site over cohort and caches as they are now."""
+        listed, self._examined = _optout(self._config), _examined(self._config)
+
+        def step(phase: str, done: int, total: int) -> None:
+            progress(phase, done, total)
+            if _optout(self._config) != listed:
+                raise _Changed
+
+        step("examining", 0, 0)
+        cohort = self._source(step)
+        self._fewer = self._members is not None
+        self._members = cohort = _left(cohort, self._members) if self._members is not None else cohort
+        site = self._built(cohort)
+        # Not before: opening the cohort finishes an erasure that was cut short, and has seen what that deletes.
+        self._marks = (listed, erasure.mark(self._config.cache))
+        return site
+
+    def _built(self, cohort: Cohort) -> Site:
+        import torch
+
+        from client.site import Site
+        from client.workshop import Workshop, choose_device
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self._device = choose_device(self._config.toml.compute.device)
+        workshop = Workshop(self._config.cache, self._device)
+        return Site(
+            self._config.name, cohort, workshop, self._memory, lambda done, total: self._step(done, total), wheel=True
+        )
+
+    def _record(self, kind: str, code: str) -> None:
+        """Record a refusal; one that is the same as the last is told once, for some are asked for all day."""
+        self.refuse(code)
+        known = code if code in REFUSALS else "internal"
+        if self._told != (kind, known):
+            audit.append(self._config.audit, "refused", {"kind": {kind: 1}, "code": {known: 1}})
+            self._told = (kind, known)
+
+
+def check_policy(config: SiteConfig, run: RunConfig) -> None:
+    """Refuse a run that the hospital's own policy does not allow.
+
+    Raises:
+        SiteRefusal: `policy`.
+    """
+
+
+def _release(version: str) -> str:
+    """Return major.minor.patch; empty for what is no version."""
+    found = _RELEASE.match(version)
+    return found[0] if found else "none"
+
+
+def _optout(config: SiteConfig) -> tuple[int, ...]:
+    """Return what changes with the list of patients who are not to be used: it is only ever replaced."""
+    try:
+        found = config.optout.stat()
+    except FileNotFoundError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _examined(config: SiteConfig) -> int:
+    """Return what changes when the site's data are examined by hand."""
+    try:
+        return (config.state / examination.DOCUMENT).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _left(cohort: Cohort, members: Cohort) -> Cohort:
+    """Return the examples of a cohort that are among the members."""
+    held = set(map(bytes, members.digests))
+    indices: Any = np.flatnonzero([bytes(digest) in held for digest in cohort.digests])
+    return replace(cohort.subset(indices), quarantine=cohort.quarantine)
