@@ -66,11 +66,13 @@ from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from client.app import make_app
+from client import up
+from client.app import make_relay
 from client.link_status import LOCK, StatusFile
 from client.link_trouble import Trouble, code_of, flower_code
+from client.relay import Relay
 from client.site_config import SiteConfig, read_site
-from common.errors import ConfigError, ConsiliumError, SiteRefusal
+from common.errors import ConfigError, ConsiliumError
 from common.files import write_atomic
 from common.locks import exclusive
 from common.messages import refusal
@@ -466,21 +468,11 @@ def settings_of(config: SiteConfig) -> LinkSettings:
     Raises:
         ConfigError: no coordinator is named.
     """
-    section, root = config.toml.coordinator, config.path.parent
+    section = config.toml.coordinator
     if not section.address:
         raise ConfigError(f"{config.path.name}: [coordinator] address: missing; run: consilium site join INVITATION")
-    authority = (root / Path(section.ca_certificate or "link/ca.pem").expanduser()).resolve()
-    key = (root / Path(section.private_key or "link/node.key").expanduser()).resolve()
-    return LinkSettings(config.name, section.address, authority, key, section.proxy, key.parent)
-
-
-def relay_app(config: SiteConfig) -> ClientApp:  # noqa: ARG001  the relay needs the socket
-    """Return what answers messages: nobody yet."""
-
-    def nobody(_request: object) -> NoReturn:
-        raise SiteRefusal("unavailable")
-
-    return make_app(lambda _node: nobody)
+    key = up.private_key(config)
+    return LinkSettings(config.name, section.address, up.authority(config), key, section.proxy, key.parent)
 
 
 def main() -> None:
@@ -493,7 +485,7 @@ def main() -> None:
         if len(sys.argv) != 2:
             raise ConfigError("usage: python -P -m client.link SITE.TOML")
         config = read_site(Path(sys.argv[1]))
-        run(settings_of(config), relay_app(config))
+        run(settings_of(config), make_relay(Relay(config.socket, config.name)))
     except ConsiliumError as error:
         sys.stderr.write(f"consilium: {error}\n")
         sys.exit(error.exit_code)
