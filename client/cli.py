@@ -221,6 +221,58 @@ def forget(patients: Path, path: Path, column: str | None, as_json: bool) -> int
     return 0
 
 
+@site.command(context_settings=_SETTINGS)
+@click.argument("path", metavar="SITE.TOML", type=_SITE_TOML)
+@quiet
+def up(path: Path, quiet: bool) -> int:
+    """Run the site: its daemon and its link to the coordinator, until Ctrl-C or SIGTERM.
+
+    \b
+    Example:
+      consilium site up radiology/site.toml
+
+    What ends is started again; what the two write is in up/ of the site's state.
+    Exit code: 0 stopped, 1 the site is up already, 2 wrong configuration.
+    """  # noqa: D301
+    from client import up as running
+    from client.site_config import read_site
+
+    def report(line: str) -> None:
+        if not quiet:
+            click.echo(line, err=True)
+
+    running.up(read_site(path), report)
+    return 0
+
+
+@site.command(context_settings=_SETTINGS)
+@click.argument("path", metavar="SITE.TOML", type=_SITE_TOML)
+@as_json
+def status(path: Path, as_json: bool) -> int:
+    """Say how the site stands: what is wrong, and what to do about it.
+
+    \b
+    Example:
+      consilium site status radiology/site.toml
+
+    Exit code: 0 nothing is wrong, 1 something is, 2 wrong configuration.
+    """  # noqa: D301
+    from client import status as standing
+    from client.relay import Relay
+    from client.site_config import read_site
+
+    config = read_site(path)
+    found = standing.status(config, Relay(config.socket, config.name).status)
+    if as_json:
+        _print_json(found.document())
+    else:
+        for finding in found.findings:
+            click.echo(f"{finding.about:<12} {finding.level:<8} {_visible(finding.sentence)}")
+            if finding.remedy:
+                click.echo(f"{'':<21} {_visible(finding.remedy)}")
+    return 0 if found.healthy else 1
+
+
 @site.group(cls=Group, context_settings=_SETTINGS)
 def audit() -> None:
     """Look at the trail of what was done with the site's data.
@@ -315,9 +367,13 @@ def _console() -> Console:
 
 
 def _path(path: Path) -> str:
+    return _visible(str(path))
+
+
+def _visible(text: str) -> str:
     from client.report.wording import encodable, visible
 
-    return visible(encodable(str(path)))
+    return visible(encodable(text))
 
 
 def _print_json(value: dict[str, Any]) -> None:
