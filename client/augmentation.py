@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from client.presets import Preset
+from common.presets import Preset
 
 VERSION = 1
 """Raise it whenever `client.views.augment` gives any view another pixel."""

@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from client.identity import Identity
 from client.image import Header, Kind
 from client.pool import Pool, Read
-from client.preprocessing import preprocessing_id
-from client.presets import Preset
 from client.records import RECORD, Entry, pack, unpack
 from client.rowstore import RowStore
 from client.worker import Task
+from common.presets import Preset, preprocessing_id
 
 VERSION = 1
 """Raise it whenever a record gets another meaning."""

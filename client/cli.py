@@ -44,27 +44,68 @@ def site() -> None:
 @click.option("--name", metavar="NAME", help="The site's name in the federation [the folder's].")
 @click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the images.")
 @click.option("--labels", type=click.Path(path_type=Path), metavar="FILE", help="CSV file of the labels.")
+@click.option("--invitation", type=click.Path(path_type=Path), metavar="FILE", help="Join this coordinator as well.")
 @as_json
-def init(folder: Path, name: str | None, images: Path | None, labels: Path | None, as_json: bool) -> int:
+def init(
+    folder: Path, name: str | None, images: Path | None, labels: Path | None, invitation: Path | None, as_json: bool
+) -> int:
     """Make the folder of a new site: site.toml, and state/ with the site's secret.
 
     \b
     Example:
       consilium site init radiology --name st-anna --images /data/chest --labels /data/chest.csv
+      consilium site init radiology --invitation st-anna.invitation.json --images /data/chest
 
+    With an invitation, the site has its name from there, and joins as `consilium site join` does.
     Overwrites nothing. Exit code: 0 done, 2 wrong use, or a site is there already.
     """  # noqa: D301
     from client import founding
 
+    if invitation is not None:
+        name = _invited(invitation, name)
     made = founding.found(folder, name, images, labels)
+    values = {"site": made.site, "config": str(made.config), "state": str(made.state)}
+    if invitation is not None:
+        values |= _join(made.config, invitation, None, again=False)
     if as_json:
-        _print_json({"site": made.site, "config": str(made.config), "state": str(made.state)})
+        _print_json(values)
         return 0
     config = _path(made.config)
     click.echo(f"site {made.site}: {config}")
     first = "" if images else f"name the folder of the images in {config}, then "
     click.echo(f"Next: {first}consilium site check {config}")
     click.echo(f"Keep a backup of {_path(made.state / 'secret')}, readable by nobody else: it cannot be made again.")
+    if invitation is not None:
+        _show_joined(values)
+    return 0
+
+
+@site.command(context_settings=_SETTINGS)
+@click.argument("invitation", metavar="INVITATION.json", type=click.Path(path_type=Path))
+@site_option
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Where the enrolment goes [./NAME.enrolment.json].",
+)
+@click.option("--again", is_flag=True, help="Keep the key that is there, and do all the rest again.")
+@as_json
+def join(invitation: Path, path: Path, output: Path | None, again: bool, as_json: bool) -> int:
+    """Answer a coordinator's invitation: make the site's key and the enrolment to send back.
+
+    \b
+    Example:
+      consilium site join st-anna.invitation.json --site radiology/site.toml
+
+    Fills in [coordinator] of site.toml and leaves every other line as it is. The private key never leaves the site.
+    Exit code: 0 done, 1 failed, 2 wrong use, or the invitation is not for this site.
+    """  # noqa: D301
+    values = _join(path, invitation, output, again=again)
+    if as_json:
+        _print_json(values)
+    else:
+        _show_joined(values)
     return 0
 
 
@@ -180,6 +221,58 @@ def forget(patients: Path, path: Path, column: str | None, as_json: bool) -> int
     return 0
 
 
+@site.command(context_settings=_SETTINGS)
+@click.argument("path", metavar="SITE.TOML", type=_SITE_TOML)
+@quiet
+def up(path: Path, quiet: bool) -> int:
+    """Run the site: its daemon and its link to the coordinator, until Ctrl-C or SIGTERM.
+
+    \b
+    Example:
+      consilium site up radiology/site.toml
+
+    What ends is started again; what the two write is in up/ of the site's state.
+    Exit code: 0 stopped, 1 the site is up already, 2 wrong configuration.
+    """  # noqa: D301
+    from client import up as running
+    from client.site_config import read_site
+
+    def report(line: str) -> None:
+        if not quiet:
+            click.echo(line, err=True)
+
+    running.up(read_site(path), report)
+    return 0
+
+
+@site.command(context_settings=_SETTINGS)
+@click.argument("path", metavar="SITE.TOML", type=_SITE_TOML)
+@as_json
+def status(path: Path, as_json: bool) -> int:
+    """Say how the site stands: what is wrong, and what to do about it.
+
+    \b
+    Example:
+      consilium site status radiology/site.toml
+
+    Exit code: 0 nothing is wrong, 1 something is, 2 wrong configuration.
+    """  # noqa: D301
+    from client import status as standing
+    from client.relay import Relay
+    from client.site_config import read_site
+
+    config = read_site(path)
+    found = standing.status(config, Relay(config.socket, config.name).status)
+    if as_json:
+        _print_json(found.document())
+    else:
+        for finding in found.findings:
+            click.echo(f"{finding.about:<12} {finding.level:<8} {_visible(finding.sentence)}")
+            if finding.remedy:
+                click.echo(f"{'':<21} {_visible(finding.remedy)}")
+    return 0 if found.healthy else 1
+
+
 @site.group(cls=Group, context_settings=_SETTINGS)
 def audit() -> None:
     """Look at the trail of what was done with the site's data.
@@ -216,6 +309,42 @@ def verify(path: Path, as_json: bool) -> int:
     return 0
 
 
+def _invited(invitation: Path, name: str | None) -> str:
+    """Return the name of an invitation that can be answered, before a site is made for it."""
+    from common.errors import ConfigError
+    from common.invitation import read_invitation
+
+    offered = read_invitation(invitation)
+    if name is not None and name != offered.name:
+        raise ConfigError(f"--name: got {name!r}, but {_path(invitation)} invites {offered.name!r}")
+    if offered.expired():
+        raise ConfigError(f"{_path(invitation)}: expired on {offered.expires}; ask the coordinator for a new one")
+    return offered.name
+
+
+def _join(path: Path, invitation: Path, output: Path | None, *, again: bool) -> dict[str, str]:
+    from client import joining
+    from client.site_config import read_any_site
+    from common import node_key
+    from common.invitation import read_invitation
+
+    name = read_any_site(path).name
+    target = output or Path(f"{name}.enrolment.json")
+    answer = joining.join(path, invitation, target, again)
+    return {
+        "enrolment": str(target),
+        "name": name,
+        "key": node_key.fingerprint(answer.public_key),
+        "authority": read_invitation(invitation).authority_fingerprint,
+    }
+
+
+def _show_joined(values: dict[str, str]) -> None:
+    click.echo(f"Send {_path(Path(values['enrolment']))} to the coordinator. Compare with it, by telephone say:")
+    click.echo(f"  this site's key          {values['key']}")
+    click.echo(f"  the coordinator's authority  {values['authority']}")
+
+
 def _show(found: Findings, page: Path, files: bool) -> None:
     from client.report import terminal
 
@@ -238,9 +367,13 @@ def _console() -> Console:
 
 
 def _path(path: Path) -> str:
+    return _visible(str(path))
+
+
+def _visible(text: str) -> str:
     from client.report.wording import encodable, visible
 
-    return visible(encodable(str(path)))
+    return visible(encodable(text))
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ from client.image import (
     values_digest,
     without_colour,
 )
-from client.presets import Frame
+from common.presets import Frame
 
 Image.MAX_IMAGE_PIXELS = None  # the limit on bytes below is ours, and says a code
 

@@ -40,7 +40,7 @@ from client.image import (
     values_digest,
     without_colour,
 )
-from client.presets import Frame as FrameChoice
+from common.presets import Frame as FrameChoice
 
 logging.getLogger("pydicom").disabled = True  # its messages quote header values and paths
 

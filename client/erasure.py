@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from client.augmentation import MOST_VIEWS, Augmentation, keys
 from client.catalogue import CHANNELS, VERSION
-from client.presets import PRESETS
 from client.records import RECORD
 from client.rowstore import RowStore, open_as_bytes
+from common.presets import PRESETS
 from common.errors import CacheError
 from common.files import write_atomic
 

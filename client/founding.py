@@ -64,12 +64,17 @@ TEMPLATE = """\
 # retries = 5
 # max_file_mb = 2048
 
-# [policy]                          # limits on what a coordinator may ask; none in this version
+# [policy]                          # limits on what a coordinator may ask: a run outside of them is refused
+# tasks = []                        # names of tasks; empty: any
+# backbones = []                    # names of timm models; empty: any
+# strategies = []                   # such as "fedavg", "fedprox"; empty: any
+# max_rounds = 100                  # any number by default
 
-# [coordinator]
-# address = ""                      # host:port; not needed to examine the data
-# ca_certificate = ""               # PEM file
-# private_key = ""                  # file, mode 0600
+# [coordinator]                     # `consilium site join` fills it in; not needed to examine the data
+# address = ""                      # host:port
+# ca_certificate = ""               # PEM file; empty: link/ca.pem
+# private_key = ""                  # file, mode 0600; empty: link/node.key
+# proxy = ""                        # "http://host:port" on the way out; empty: none
 
 # [compute]
 # device = "auto"                   # auto, cpu, cuda

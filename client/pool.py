@@ -100,7 +100,7 @@ class Pool:
         >>> import tempfile
         >>> from PIL import Image
         >>> from client.identity import Identity
-        >>> from client.presets import GENERIC
+        >>> from common.presets import GENERIC
         >>> path = Path(tempfile.mkdtemp()) / "a.png"
         >>> Image.new("L", (8, 8), 7).save(path)
         >>> with Pool(Task(Identity(bytes(32)), GENERIC, 16, frozenset()), workers=1) as pool:

@@ -1,13 +1,11 @@
 """Decoded image -> uint8 at training size, by a preset: the one function that every site must share.
 
-`preprocessing_id` names everything that decides a pixel. It travels in the run's configuration, and a site whose id
-differs is refused. Augmentation is no part of it: presets only carry its numbers.
+`common.presets.preprocessing_id` names everything that decides a pixel. It travels in the run's configuration, and a
+site whose id differs is refused. Augmentation is no part of it: presets only carry its numbers.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 import numpy as np
@@ -15,13 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from client.image import Decoded, Kind, luma
-from client.presets import ColourPolicy, Preset
 from common.errors import DataError
+from common.presets import ColourPolicy, Preset
 
-VERSION = 2
-"""Raise it whenever `client.decoding`, `client.dicom` or this module gives any image another pixel."""
-
-_DECIDING = ("frame", "hu_windows", "percentiles", "foreground", "colour", "crop", "side")
 _SAMPLE = 2**18  # pixels of a regular grid that percentiles are taken of
 _BLOCK = 2**17  # pixels looked up at a time, so that they stay in the processor's cache
 _GRID = 64  # cells a side in which the foreground is looked for
@@ -31,21 +25,6 @@ _GAP = 2.0  # Pillow shrinks in two steps beyond this ratio; the difference to o
 
 Picture = NDArray[np.uint8]
 """(H, W) grey or (H, W, 3) colour."""
-
-
-def preprocessing_id(preset: Preset, size: int) -> str:
-    """Return 16 hex digits that stand for every pixel-deciding choice: preset fields, size and code version.
-
-    Examples:
-        >>> from client.presets import PRESETS
-        >>> preprocessing_id(PRESETS["generic"], 224) == preprocessing_id(PRESETS["generic"], 128)
-        False
-        >>> preprocessing_id(PRESETS["generic"], 224) == preprocessing_id(PRESETS["chest-xray"], 224)
-        True
-    """
-    choices: dict[str, Any] = {name: getattr(preset, name) for name in _DECIDING}
-    canonical = json.dumps({**choices, "size": size, "version": VERSION}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def preprocess(image: Decoded, preset: Preset, size: int) -> NDArray[np.uint8]:

@@ -11,14 +11,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from client.labels import Rules
 from client.pacs_config import DicomWeb
-from client.presets import PRESETS, Preset
+from common.address import Address, parse_address
 from common.errors import ConfigError
+from common.names import Name
+from common.presets import PRESETS, Preset
+from common.run_config import StrategyKind
 from common.strict import Section, read_toml, validated
 
 NAME = "site.toml"
@@ -27,7 +30,7 @@ NAME = "site.toml"
 SOCKET_BYTES = 107
 """The longest path of a unix socket (sun_path of Linux, less its end)."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_PROXY = re.compile(r"http://(?P<address>[^/@]+)/?")
 
 
 def _words(value: Any) -> Any:
@@ -47,23 +50,17 @@ def _place(value: str) -> str:
 
 Words = Annotated[tuple[str, ...], BeforeValidator(_words), Field(strict=False)]
 Place = Annotated[str, AfterValidator(_place)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
 Users = Annotated[tuple[str | int, ...], Field(strict=False)]
 
 
 class SiteSection(Section):
     """Who the site is, and where it keeps what it knows."""
 
-    name: str  # in the federation
+    name: Name  # in the federation
     state: Place = "state"  # folder for secret, index, caches, audit trail; made if absent
     socket: Place = ""  # where the daemon listens; empty: daemon.sock in the state
     peers: Users = ()  # users, by name or number, who may speak to the daemon besides its own
-
-    @field_validator("name")
-    @classmethod
-    def _plain(cls, value: str) -> str:
-        if not _NAME.fullmatch(value):
-            raise ValueError("expected 1 to 63 letters, digits, '.', '_' or '-', the first a letter or a digit")
-        return value
 
 
 class DataSection(Section):
@@ -95,15 +92,47 @@ class DataSection(Section):
 
 
 class PolicySection(Section):
-    """Limits on what a coordinator may ask: none in this version, so none can be written."""
+    """Limits on what a coordinator may ask; a run outside of them is refused as a whole. Empty: any."""
+
+    tasks: Names = ()  # names of tasks
+    backbones: Names = ()  # names of timm models
+    strategies: Names = ()  # without their parameters
+    max_rounds: int | None = Field(default=None, ge=1)  # None: any number
+
+    @field_validator("strategies")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        kinds = get_args(StrategyKind)
+        foreign = [name for name in value if name not in kinds]
+        if foreign:
+            raise ValueError(f"got {foreign[0]!r}, expected some of {', '.join(kinds)}")
+        return value
 
 
 class CoordinatorSection(Section):
-    """Where the coordinator is, and the keys to speak with it."""
+    """Where the coordinator is, and the keys to speak with it; `consilium site join` fills it in."""
 
     address: str = ""  # host:port
-    ca_certificate: Place = ""  # PEM file
-    private_key: Place = ""  # file, for the eyes of its owner only
+    ca_certificate: Place = ""  # PEM file; empty: link/ca.pem
+    private_key: Place = ""  # file, for the eyes of its owner only; empty: link/node.key
+    proxy: str = ""  # http://host:port, on the way to the coordinator
+
+    @field_validator("address")
+    @classmethod
+    def _reachable(cls, value: str) -> str:
+        if value:
+            parse_address(value)
+        return value
+
+    @field_validator("proxy")
+    @classmethod
+    def _through(cls, value: str) -> str:
+        found = _PROXY.fullmatch(value)
+        if value and not found:
+            raise ValueError(f"got {value!r}, expected http://host:port")
+        if found:
+            parse_address(found["address"])
+        return value
 
 
 class ComputeSection(Section):
@@ -121,6 +150,16 @@ class SiteToml(Section):
     policy: PolicySection = PolicySection()
     coordinator: CoordinatorSection = CoordinatorSection()
     compute: ComputeSection = ComputeSection()
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """What a link needs to reach its coordinator."""
+
+    address: Address
+    ca_certificate: Path
+    private_key: Path
+    proxy: str | None
 
 
 @dataclass(frozen=True)
@@ -220,6 +259,36 @@ class SiteConfig:
         """
         return frozenset(self._user(user) for user in self.toml.site.peers)
 
+    @property
+    def private_key(self) -> Path:
+        """The site's private key in the federation."""
+        return self._resolved(self.toml.coordinator.private_key or "link/node.key")
+
+    @property
+    def ca_certificate(self) -> Path:
+        """The certificate of the authority that the coordinator's is signed by."""
+        return self._resolved(self.toml.coordinator.ca_certificate or "link/ca.pem")
+
+    @property
+    def link_folder(self) -> Path:
+        """The folder of the link, which owns the key and nothing of the data."""
+        return self.private_key.parent
+
+    def coordinator(self) -> Coordinator:
+        """Return what the link needs to reach its coordinator.
+
+        Raises:
+            ConfigError: the site has joined none yet.
+        """
+        section = self.toml.coordinator
+        if not section.address:
+            raise ConfigError(
+                f"{self.path.name}: [coordinator] address: missing - run `consilium site join` with the invitation"
+            )
+        return Coordinator(
+            parse_address(section.address), self.ca_certificate, self.private_key, section.proxy.rstrip("/") or None
+        )
+
     def _user(self, user: str | int) -> int:
         try:
             return user if isinstance(user, int) else pwd.getpwnam(user).pw_uid
@@ -231,14 +300,24 @@ class SiteConfig:
 
 
 def read_site(path: Path) -> SiteConfig:
-    """Read a `site.toml`.
+    """Read a `site.toml` whose data are named.
+
+    Raises:
+        ConfigError: it cannot be read, is no TOML, or holds a key or a value that is not expected.
+    """
+    config = read_any_site(path)
+    if not config.toml.data.images and config.toml.data.dicomweb is None:
+        raise ConfigError(f"{path.name}: [data] images: missing - name the folder of the images, or a [data.dicomweb]")
+    return config
+
+
+def read_any_site(path: Path) -> SiteConfig:
+    """Read a `site.toml`, also one whose data are not named yet.
 
     Raises:
         ConfigError: it cannot be read, is no TOML, or holds a key or a value that is not expected.
     """
     config = SiteConfig(path.resolve(), parse_site(read_toml(path), path.name))
-    if not config.toml.data.images and config.toml.data.dicomweb is None:
-        raise ConfigError(f"{path.name}: [data] images: missing - name the folder of the images, or a [data.dicomweb]")
     for section, key, place in _places(config.toml):
         try:
             config._resolved(place)
@@ -257,5 +336,12 @@ def parse_site(values: Mapping[str, Any], where: str) -> SiteToml:
 
 
 def _places(toml: SiteToml) -> tuple[tuple[str, str, str], ...]:
-    site, data = toml.site, toml.data
-    return (("site", "state", site.state), ("data", "images", data.images), ("data", "labels", data.labels))
+    site, data, coordinator = toml.site, toml.data, toml.coordinator
+    return (
+        ("site", "state", site.state),
+        ("site", "socket", site.socket),
+        ("data", "images", data.images),
+        ("data", "labels", data.labels),
+        ("coordinator", "ca_certificate", coordinator.ca_certificate),
+        ("coordinator", "private_key", coordinator.private_key),
+    )

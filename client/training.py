@@ -21,11 +21,8 @@ from torch.nn import functional
 from client.features import Features
 from common.backbone import Upper
 from common.model import norm_statistics
-from common.run_config import Training
+from common.run_config import Training, base_lr
 from common.seeds import derive
-
-HEAD_LR = 3e-4
-DEEP_LR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -34,11 +31,6 @@ class Fitted:
 
     loss: float  # mean over steps, without the proximal term
     steps: int
-
-
-def base_lr(training: Training, *, deep: bool) -> float:
-    """Return the learning rate: the run's, else what was measured best for the head alone or for deeper cuts."""
-    return training.lr or (DEEP_LR if deep else HEAD_LR)
 
 
 def learning_rate(training: Training, base: float, progress: float) -> float:

@@ -24,8 +24,8 @@ from client.decoding import read
 from client.duplicates import dhash, thumb
 from client.identity import Identity
 from client.preprocessing import preprocess
-from client.presets import Preset
 from client.records import Entry, pack
+from common.presets import Preset
 
 LENGTH = struct.Struct("<I")
 SIZE = struct.Struct("<Q")

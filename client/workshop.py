@@ -13,12 +13,12 @@ import torch
 from client.augmentation import Augmentation
 from client.cohort import Cohort
 from client.features import Extractor
-from client.presets import PRESETS
 from common import checkpoint, codec, model
 from common.backbone import Upper
 from common.codec import Shapes
 from common.errors import ConfigError
 from common.model import Built
+from common.presets import PRESETS
 from common.run_config import RunConfig
 
 

@@ -183,6 +183,14 @@ class Training(Section):
         return Strategy.parse(self.strategy)
 
 
+HEAD_LR, DEEP_LR = 3e-4, 1e-4
+
+
+def base_lr(training: Training, *, deep: bool) -> float:
+    """Return the learning rate: the run's, else what was measured best for the head alone or for deeper cuts."""
+    return training.lr or (DEEP_LR if deep else HEAD_LR)
+
+
 class Privacy(Section):
     """Differential privacy: none in this version."""
 
@@ -193,6 +201,7 @@ class Sites(Section):
     names: Names = ()  # the explicit list, in text order
     quorum: int | None = Field(default=None, ge=1)  # usable replies a round needs; None: all sites
     deadline_s: float = Field(default=3600.0, gt=0)  # seconds a site has to answer
+    patience_s: float = Field(default=120.0, gt=0)  # seconds that a site that is not connected is waited for
     max_norm: float | None = Field(default=None, gt=0)  # L2 norm above which an update is not admitted; None: no limit
 
 

@@ -24,6 +24,8 @@ class Section(BaseModel):
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_SHOWN = 200  # characters of a value in a message
+
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
     """Return the content of a TOML text.
@@ -71,7 +73,7 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Mode
 
 def _explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
     first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
+    path = [_plain(str(part)) for part in first["loc"]]
     place = f"[{path[0]}] {'.'.join(path[1:])}".strip() if len(path) > 1 else ".".join(path)
     head = f"{where}: {place}" if place else where
     if first["type"] == "extra_forbidden":
@@ -79,8 +81,17 @@ def _explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"{head}: missing"
     message = first["msg"].removeprefix("Value error, ")
-    got = "" if first["type"] == "value_error" else f"got {first['input']!r}, "
+    got = "" if first["type"] == "value_error" else f"got {_shortened(repr(first['input']))}, "
     return f"{head}: {got}{message[0].lower()}{message[1:]}"
+
+
+def _plain(key: str) -> str:
+    """Return a key as a message can show it: what came from elsewhere breaks no line and fills no page."""
+    return key if key.isprintable() and len(key) <= _SHOWN else _shortened(repr(key))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
 
 
 def _nearest(path: list[str], model: type[BaseModel]) -> str:

@@ -143,8 +143,22 @@ def _record(values: Parameters) -> ArrayRecord:
     return ArrayRecord({name: Array(np.asarray(value)) for name, value in values.items()})
 
 
+class _Sum(Array):
+    """One array of a site's weights, added up when Flower reads it: of all sites' weights one array is in memory."""
+
+    def __init__(self, origin: Parameters, update: Parameters, name: str) -> None:
+        super().__init__(dtype="float32", shape=tuple(origin[name].shape), stype="numpy.ndarray", data=b"")
+        self._read: Callable[[], NDArray[Any]] = lambda: np.asarray(origin[name] + update[name])
+
+    def numpy(self) -> NDArray[Any]:
+        """Return the array."""
+        return self._read()
+
+
 def _reply(origin: Parameters, contribution: Contribution) -> Message:
     """Return what Flower's strategies read: the site's weights, from `origin` on, and its number of examples."""
-    weights = parameters.add(origin, contribution.update)
+    weights = ArrayRecord()
+    for name in origin:  # one by one: a record made of a mapping would copy their bytes
+        weights[name] = _Sum(origin, contribution.update, name)
     metrics = MetricRecord({"num-examples": contribution.num_examples})
-    return Message(RecordDict({"arrays": _record(weights), "metrics": metrics}), dst_node_id=0, message_type="train")
+    return Message(RecordDict({"arrays": weights, "metrics": metrics}), dst_node_id=0, message_type="train")

@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from common import analytic, codec, parameters
 from common.analytic import Sums
 from common.messages import (
+    Describe,
     Description,
     Evaluate,
     Evaluated,
+    Finish,
     Freeze,
     InstallTrunk,
     Prepare,
@@ -50,10 +52,14 @@ from server.evaluation import (
     score_for_choice,
 )
 from server.federation import Answer, Federation, Traffic, require_quorum
+from server.spill import Spill
 from server.state import RoundLog, RunState
 
 Progress = Callable[[str, int, int], None]
 Weights = dict[str, NDArray[np.float32]]
+
+FAREWELL_S = 10.0
+"""Seconds that the sites have for the last message of a run."""
 
 HEAD_WEIGHT, HEAD_BIAS = "head.linear.weight", "head.linear.bias"
 
@@ -67,6 +73,9 @@ class Start:
     weights: Parameters  # trainable values before round 1, the head at zero
     folder: Path | None = None  # where state and rounds.jsonl go; None keeps nothing
     every_label: bool = True  # whether a label without training examples is an error
+    version: str = ""  # of this package, where the sites are processes of their own
+    ended: tuple[str, ...] = ()  # fingerprints of earlier runs that are over, whatever their sites believe
+    part_bytes: int = 0  # the trunk is sent in parts of this size; 0: as one
 
 
 @dataclass
@@ -127,6 +136,10 @@ class Coordinator:
         self._log = RoundLog(start.folder / "rounds.jsonl", self._lines_kept()) if start.folder else None
         self._entries: list[dict[str, Any]] = []
         self._traffic: dict[str, Traffic] = {}
+        values = sum(value.size for value in start.weights.values())
+        spilled = start.folder / "state" / "incoming" if start.folder else None
+        self._spill = Spill(spilled, 4 * values * len(start.run.sites.names))
+        self._received: dict[str, int] = {}  # bytes of the trunk, by site
 
     def execute(self) -> Outcome:
         """Run to the end, from the saved state if there is one.
@@ -135,6 +148,15 @@ class Coordinator:
             QuorumLost: a phase had fewer usable answers than the quorum.
             DataError: the sites' data cannot carry the run.
         """
+        status = "failed"
+        try:
+            outcome = self._execute()
+            status = "completed" if outcome.complete else "completed_partial"
+        finally:
+            self._finish(status)
+        return outcome
+
+    def _execute(self) -> Outcome:
         begin = time.monotonic()
         self._describe()
         self._install_trunk()
@@ -153,13 +175,15 @@ class Coordinator:
 
     def _describe(self) -> None:
         names = self._run.sites.names
-        for site, answer in self._federation.find(names, self._run.to_toml()).items():
+        request = Describe(self._run.to_toml(), self._start.version, " ".join(self._start.ended))
+        for site, answer in self._federation.find(names, request).items():
             self._cast.note(_unbelievable(answer))
             if isinstance(answer.reply, Description) and census.believable(answer.reply.support, self._run.task):
                 self._cast.support[site] = answer.reply.support
                 self._cast.status[site] = "registered"
                 held = answer.reply.trunk_sha256 == self._run.model.trunk_sha256
                 self._cast.transfers[site] = 0 if held else 1
+                self._received[site] = answer.reply.trunk_bytes
         require_quorum(len(self._cast.support), self._quorum, len(names), "setup")
         if self._start.every_label:
             census.check_labels(self._pooled_support(), self._run.task.labels)
@@ -168,10 +192,25 @@ class Coordinator:
         return np.asarray(sum(self._cast.support[site] for site in self._cast.ready), np.int64)
 
     def _install_trunk(self) -> None:
+        """Send the trunk to the sites that lack it, to each from where an earlier attempt was cut off."""
         content = np.frombuffer(self._start.trunk, np.uint8)
-        request = InstallTrunk(self._fingerprint, self._run.model.trunk_sha256, content)
-        needy = [site for site in self._cast.ready if self._cast.transfers[site]]
-        self._collect("trunk", dict.fromkeys(needy, request))
+        size = self._start.part_bytes or max(1, len(content))
+        for offset in range(0, max(1, len(content)), size):
+            part = content[offset : offset + size]
+            whole = len(content) if self._start.part_bytes else 0
+            request = InstallTrunk(self._fingerprint, self._run.model.trunk_sha256, part, offset, whole)
+            self._collect("trunk", dict.fromkeys(self._needy(offset + len(part)), request))
+
+    def _needy(self, end: int) -> list[str]:
+        """Return the sites that lack the part of the trunk that ends here; a last part that was cut off comes whole."""
+        lacking = (site for site in self._cast.ready if self._cast.transfers[site])
+        return [site for site in lacking if self._received[site] < end or end == len(self._start.trunk)]
+
+    def _finish(self, status: str) -> None:
+        """Tell the sites that they are free; whoever cannot be told finds out at the next run."""
+        known = {site: Finish(self._fingerprint, status) for site in self._federation.sites}
+        for _ in self._federation.ask(known, FAREWELL_S):
+            pass
 
     def _ask_all(self, phase: str, request: Request) -> dict[str, Answer]:
         return self._collect(phase, dict.fromkeys(self._cast.ready, request))
@@ -319,6 +358,7 @@ class Coordinator:
         request = Train(self._fingerprint, number, vector, current.edges)
         received = codec.decode(vector, codec.shapes_of(current.weights), self._run.wire.dtype)
         tally = _Tally()
+        self._spill.clear()
         for answer in self._federation.ask(dict.fromkeys(self._cast.ready, request)):
             tally.add(self._admit_round(answer, current.edges))
             self._cast.status[answer.site] = tally.status(answer.site)
@@ -350,7 +390,10 @@ class Coordinator:
         except Rejected as rejected:
             return _Admitted(replace(answer, status="quarantined", reason=str(rejected)))
         return _Admitted(
-            answer, Contribution(answer.site, update, reply.num_examples), evaluation, float(reply.train_loss)
+            replace(answer, reply=None),  # the vector it holds is decoded
+            Contribution(answer.site, self._spill.keep(answer.site, update), reply.num_examples),
+            evaluation,
+            float(reply.train_loss),
         )
 
     def _judged(self, current: RunState, measured: Measured) -> RunState:

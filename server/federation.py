@@ -2,13 +2,17 @@
 
 The list of sites is explicit. Who does not answer in time is lost, who declines is refused, what cannot be read is
 quarantined; none of it stops the others.
+
+On a network (a `roster` is given) an answer can be lost, and the work of a site takes longer than a message may: the
+site says `Pending`, and is asked again. Whatever went wrong on the way is asked again too, for a request that comes
+twice finds its work done. A site that is not connected is waited for `patience_s`, then it is lost.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from flwr.app import Message, RecordDict
@@ -17,18 +21,55 @@ from flwr.serverapp import Grid
 from common.errors import QuorumLost, SiteRefusal
 from common.messages import (
     KINDS,
+    Collect,
     Describe,
     Description,
     MalformedMessage,
+    Pending,
     Reply,
     Request,
     count_bytes,
     from_record,
+    pending,
     to_record,
 )
 
 POLL_S = 0.05
+SLOWEST_POLL_S = 0.5
+LOOK_S = 1.0
+"""Seconds between two looks at who is connected."""
+
+LONGEST_EXCHANGE_S, SLOWEST_BYTES_S = 60.0, 50_000
+"""An answer that is later than this many seconds and bytes a second was lost on the way, and is asked for again."""
+
+AGAIN = frozenset({"unavailable", "unknown_ticket"})
+"""Refusals that a site gets over by itself: its daemon is starting, or was started anew."""
+
 Status = Literal["contributed", "lost", "refused", "quarantined"]
+
+
+@dataclass(frozen=True)
+class Present:
+    """A site that is connected."""
+
+    node: int
+    since: str  # when it came up: another text after each restart
+
+
+Roster = Callable[[], Mapping[str, Present]]
+"""Returns who is connected, by name."""
+
+Watch = Callable[[str, str, int, int], None]
+"""Told of a site, what it is at, and how much of it is done: for whoever looks on."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a federation over a network needs to know of it."""
+
+    roster: Roster
+    patience_s: float = 120.0  # how long a site that is not connected is waited for
+    pull_bytes: int = 64 * 2**20  # replies that are taken in at once
 
 
 @dataclass(frozen=True)
@@ -61,17 +102,64 @@ class Answer:
     traffic: Traffic = Traffic()
 
 
+@dataclass
+class _Errand:
+    """One site's request on its way: sent, worked at, asked for again."""
+
+    site: str
+    node: int
+    kind: str
+    record: RecordDict
+    weight: tuple[int, int]  # bytes of the record
+    message: str = ""  # identity of what is out; empty: nothing is
+    sent: float = 0.0
+    since: str = ""  # of the node that has it
+    ticket: str = ""  # of the work that the site is at
+    begun: float = field(default_factory=time.monotonic)
+    due: float = 0.0
+    failures: int = 0
+    absent: float | None = None  # since when the site is not connected
+    traffic: Traffic = Traffic()
+
+    def next_message(self) -> Message:
+        """Return what is to be sent: the request, or the question after its answer."""
+        if self.ticket:
+            record, kind = to_record(Collect(self.ticket)), KINDS[Collect][0]
+            weights, other = count_bytes(record)
+        else:
+            record, kind, (weights, other) = self.record, self.kind, self.weight
+        self.traffic = self.traffic + Traffic(weights_down=weights, other_down=other)
+        return Message(record, dst_node_id=self.node, message_type=kind)
+
+    def again(self) -> None:
+        """Send the request anew, the later the more often that failed."""
+        self.message, self.ticket = "", ""
+        self.due = time.monotonic() + min(10.0, 0.5 * 2**self.failures)
+        self.failures += 1
+
+    def wait(self, found: Pending) -> None:
+        """Ask after the work, the later the longer it has taken."""
+        self.message, self.ticket, self.failures = "", found.ticket, 0
+        self.due = time.monotonic() + min(5.0, 0.05 * (time.monotonic() - self.begun))
+
+
 class Federation:
     """The named sites of a run.
 
     Args:
         grid: Flower's grid.
         deadline_s: seconds a site has for an answer.
+        network: where the sites are processes of their own; None: every node of the grid is asked for its name, once.
+        watch: told of the sites.
     """
 
-    def __init__(self, grid: Grid, deadline_s: float) -> None:
+    def __init__(
+        self, grid: Grid, deadline_s: float, network: Network | None = None, watch: Watch | None = None
+    ) -> None:
         self._grid = grid
         self._deadline_s = deadline_s
+        self._network = network
+        self._watch = watch or (lambda _site, _what, _done, _total: None)
         self._nodes: dict[str, int] = {}
 
     @property
@@ -79,39 +167,48 @@ class Federation:
         """The sites that were found, in text order."""
         return sorted(self._nodes)
 
-    def find(self, names: Sequence[str], run: str) -> dict[str, Answer]:
-        """Describe the run to every node and learn which site each one is; return the answers of `names`.
+    def find(self, names: Sequence[str], request: Describe) -> dict[str, Answer]:
+        """Describe the run and learn which node each site is; return the answers of `names`.
 
-        Nodes of other names are left alone for the rest of the run.
+        On a network, nodes that are enrolled under other names are sent nothing. In a process, every node is asked who
+        it is, and those of other names are left alone for the rest of the run.
         """
-        nodes = self._await_nodes(len(names))
-        request = to_record(Describe(run))
+        record = to_record(request)
+        nodes = self._connected(names) if self._network else {str(node): node for node in self._await_nodes(len(names))}
         answers: dict[str, Answer] = {}
-        for node, answer in self._exchange({node: (str(node), request) for node in nodes}, Description):
-            if isinstance(answer.reply, Description) and answer.reply.site in names:
-                site = answer.reply.site
-                if site not in self._nodes:
-                    self._nodes[site] = node
-                    answers[site] = Answer(site, answer.reply, answer.status, answer.reason, answer.traffic)
+        for answer in self._exchange({key: (node, record) for key, node in nodes.items()}, Description):
+            named = self._named(answer)
+            if named is not None and named.site in names and named.site not in answers:
+                self._nodes[named.site] = nodes[answer.site]
+                answers[named.site] = named
         return {name: answers.get(name, Answer(name, None, "lost", "absent")) for name in sorted(names)}
 
-    def ask(self, requests: Mapping[str, Request]) -> Iterator[Answer]:
+    def _named(self, answer: Answer) -> Answer | None:
+        """Return the answer under the site's name: the one it was enrolled under, or the one it gives."""
+        given = answer.reply.site if isinstance(answer.reply, Description) else None
+        if self._network:
+            same = given is None or given == answer.site
+            return answer if same else replace(answer, reply=None, status="quarantined", reason="identity")
+        return None if given is None else replace(answer, site=given)
+
+    def ask(self, requests: Mapping[str, Request], within_s: float | None = None) -> Iterator[Answer]:
         """Send each site its request and yield the answers as they come; the last may be losses.
 
         One request object for several sites is encoded once.
+
+        Args:
+            requests: by site.
+            within_s: seconds for this once, instead of the federation's deadline.
         """
+        if not requests:
+            return
         records: dict[int, RecordDict] = {}
-        addressed: dict[int, tuple[str, RecordDict]] = {}
-        expected: type[Reply] | None = None
-        for site, request in sorted(requests.items()):
+        for request in requests.values():
             if id(request) not in records:
                 records[id(request)] = to_record(request)
-            addressed[self._nodes[site]] = (site, records[id(request)])
-            expected = KINDS[type(request)][1]
-        if expected is not None:
-            kind = KINDS[type(next(iter(requests.values())))][0]
-            for _, answer in self._exchange(addressed, expected, kind):
-                yield answer
+        addressed = {site: (self._nodes[site], records[id(request)]) for site, request in sorted(requests.items())}
+        kind, expected = KINDS[type(next(iter(requests.values())))]
+        yield from self._exchange(addressed, expected, kind, within_s)
 
     def _await_nodes(self, count: int) -> list[int]:
         """Return the connected nodes once there are enough of them, or those there are at the deadline."""
@@ -122,46 +219,153 @@ class Federation:
                 return nodes
             time.sleep(POLL_S)
 
+    def _connected(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the nodes of these names once all are connected, or those there are when patience ends."""
+        network = self._network
+        assert network is not None  # noqa: S101  asked for on a network alone
+        end = time.monotonic() + min(self._deadline_s, network.patience_s)
+        while True:
+            there = {name: present.node for name, present in network.roster().items() if name in names}
+            for name in names:
+                self._watch(name, "connected" if name in there else "awaited", 0, 0)
+            if len(there) == len(names) or time.monotonic() >= end:
+                return there
+            time.sleep(SLOWEST_POLL_S)
+
     def _exchange(
         self,
-        addressed: Mapping[int, tuple[str, RecordDict]],
+        addressed: Mapping[str, tuple[int, RecordDict]],
         expected: type[Reply],
         kind: str = KINDS[Describe][0],
-    ) -> Iterator[tuple[int, Answer]]:
-        messages = [Message(record, dst_node_id=node, message_type=kind) for node, (_, record) in addressed.items()]
-        waiting = dict(zip(self._grid.push_messages(messages), addressed, strict=True))
-        sent = {id(record): count_bytes(record) for _, record in addressed.values()}
-        end = time.monotonic() + self._deadline_s
-        while waiting:
-            arrived = list(self._grid.pull_messages(list(waiting)))
-            for message in arrived:
-                node = waiting.pop(message.metadata.reply_to_message_id, None)
-                if node is None:  # a repeat, or an answer to an earlier question
-                    continue
-                site, record = addressed[node]
-                yield node, _answer(site, message, expected, sent[id(record)])
-            if not arrived:
-                if time.monotonic() >= end:
+        within_s: float | None = None,
+    ) -> Iterator[Answer]:
+        weights = {id(record): count_bytes(record) for _, record in addressed.values()}
+        errands = [_Errand(site, node, kind, record, weights[id(record)]) for site, (node, record) in addressed.items()]
+        deadline_s = self._deadline_s if within_s is None else within_s
+        yield from _Exchange(self._grid, self._network, self._watch, expected).answers(errands, deadline_s)
+
+
+class _Exchange:
+    """One request to several sites, until each has answered or is given up."""
+
+    def __init__(self, grid: Grid, network: Network | None, watch: Watch, expected: type[Reply]) -> None:
+        self._grid = grid
+        self._network = network
+        self._watch = watch
+        self._expected = expected
+        self._open: dict[str, _Errand] = {}
+        self._looked = time.monotonic()
+
+    def answers(self, errands: Iterable[_Errand], deadline_s: float) -> Iterator[Answer]:
+        """Yield an answer for every errand."""
+        self._open = {errand.site: errand for errand in errands}
+        begin = quiet = time.monotonic()
+        while self._open:
+            self._send()
+            found = [*self._receive(), *self._look()]
+            yield from found
+            now = time.monotonic()
+            quiet = now if found else quiet
+            if not found:
+                if now >= begin + deadline_s:
                     break
-                time.sleep(POLL_S)
-        for node in waiting.values():
-            site, record = addressed[node]
-            down = sent[id(record)]
-            yield node, Answer(site, None, "lost", "deadline", Traffic(weights_down=down[0], other_down=down[1]))
+                time.sleep(min(SLOWEST_POLL_S, max(POLL_S, (now - quiet) / 20)) if self._network else POLL_S)
+        for errand in self._open.values():
+            yield Answer(errand.site, None, "lost", "deadline", errand.traffic)
+
+    def _send(self) -> None:
+        now = time.monotonic()
+        due = [errand for errand in self._open.values() if not errand.message and errand.due <= now]
+        if not due:
+            return
+        connected = self._network.roster() if self._network else {}
+        for errand in due:
+            errand.since = connected[errand.site].since if errand.site in connected else ""
+        for errand, identity in zip(due, self._grid.push_messages([e.next_message() for e in due]), strict=True):
+            errand.message, errand.sent = identity or "", now
+            if not identity:
+                errand.again()
+
+    def _receive(self) -> Iterator[Answer]:
+        out = {errand.message: errand for errand in self._open.values() if errand.message}
+        for group in self._groups(list(out)):
+            for message in self._grid.pull_messages(group):
+                errand = out.pop(message.metadata.reply_to_message_id, None)
+                if errand is None:  # a repeat, or an answer to an earlier question
+                    continue
+                answer = self._judged(errand, message)
+                if answer is not None:
+                    del self._open[errand.site]
+                    yield answer
+
+    def _groups(self, identities: list[str]) -> Iterator[list[str]]:
+        """Yield what may be pulled at once: replies are taken to be as large as the requests."""
+        if not identities:
+            return
+        size = len(identities)
+        if self._network:
+            largest = max(sum(errand.weight) for errand in self._open.values())
+            size = max(1, self._network.pull_bytes // max(1, largest))
+        for start in range(0, len(identities), size):
+            yield identities[start : start + size]
+
+    def _judged(self, errand: _Errand, message: Message) -> Answer | None:
+        """Return what a message means for its errand: an answer, or None where the site is asked again.
+
+        The text of a Flower error is not passed on, for it may hold anything.
+        """
+        if message.has_error():
+            return self._failed(errand, "lost", "unreachable", again=True)
+        weights, other = count_bytes(message.content)
+        errand.traffic = errand.traffic + Traffic(weights_up=weights, other_up=other)
+        try:
+            waiting = pending(message.content)
+            if waiting is not None:
+                self._watch(errand.site, waiting.phase, waiting.done, waiting.total)
+                errand.wait(waiting)
+                return None
+            reply = from_record(message.content, self._expected)
+        except SiteRefusal as refusal:
+            return self._failed(errand, "refused", refusal.code, again=refusal.code in AGAIN)
+        except MalformedMessage:
+            return self._failed(errand, "quarantined", "unreadable", again=False)
+        self._watch(errand.site, "answered", 0, 0)
+        return Answer(errand.site, reply, "contributed", traffic=errand.traffic)
+
+    def _failed(self, errand: _Errand, status: Status, reason: str, *, again: bool) -> Answer | None:
+        """Return a failure as the answer, or None where a network may be at fault and the request goes out again."""
+        if again and self._network:
+            self._watch(errand.site, reason, 0, 0)
+            errand.again()
+            return None
+        return Answer(errand.site, None, status, reason, errand.traffic)
+
+    def _look(self) -> Iterator[Answer]:
+        """Ask those again who have been restarted with a message in hand, and give up who is gone for long."""
+        now = time.monotonic()
+        if self._network is None or now < self._looked + LOOK_S:
+            return
+        self._looked = now
+        connected = self._network.roster()
+        for errand in list(self._open.values()):
+            present = connected.get(errand.site)
+            if present is None:
+                errand.absent = now if errand.absent is None else errand.absent
+                self._watch(errand.site, "not connected", 0, 0)
+                if now >= errand.absent + self._network.patience_s:
+                    del self._open[errand.site]
+                    yield Answer(errand.site, None, "lost", "absent", errand.traffic)
+                continue
+            errand.absent = None
+            restarted = errand.since not in ("", present.since)
+            if errand.message and (restarted or now >= errand.sent + _attempt_s(errand.weight)):
+                errand.again()
+            errand.since = present.since
 
 
-def _answer(site: str, message: Message, expected: type[Reply], down: tuple[int, int]) -> Answer:
-    """Judge one reply; the text of a Flower error is not passed on, for it may hold anything."""
-    if message.has_error():
-        return Answer(site, None, "lost", "unreachable", Traffic(weights_down=down[0], other_down=down[1]))
-    up = count_bytes(message.content)
-    traffic = Traffic(down[0], up[0], down[1], up[1])
-    try:
-        return Answer(site, from_record(message.content, expected), "contributed", traffic=traffic)
-    except SiteRefusal as refusal:
-        return Answer(site, None, "refused", refusal.code, traffic)
-    except MalformedMessage:
-        return Answer(site, None, "quarantined", "unreadable", traffic)
+def _attempt_s(weight: tuple[int, int]) -> float:
+    """Return how long a message and its answer may be on their way: no site works on one for longer than seconds."""
+    return LONGEST_EXCHANGE_S + sum(weight) / SLOWEST_BYTES_S
 
 
 def require_quorum(usable: int, quorum: int, total: int, what: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,11 @@ def write_model(folder: Path, outcome: Outcome, around: Surroundings, result: Ma
 def read_rounds(folder: Path) -> list[dict[str, Any]]:
     """Return the rounds that a run's folder has on record."""
     return state.read_rounds(folder / "rounds.jsonl")
+
+
+def finish(folder: Path, found: Mapping[str, Any], page: Callable[[Mapping[str, Any], Path], None]) -> None:
+    """Leave a run's result and report; of a run that is over the state goes."""
+    write_json(folder / "result.json", found)
+    page(found, folder / "report.html")
+    if found["status"] != "failed":
+        shutil.rmtree(folder / "state", ignore_errors=True)

@@ -117,7 +117,8 @@ def simulate(**options: Any) -> int:
     _quiet_dependencies()
     job = _job(options)
     from common.progress import Reporter
-    from simulations import closing, runner
+    from server.report import closing
+    from simulations import runner
 
     logging.getLogger("flwr").setLevel(logging.ERROR)  # Flower sets its level when it is imported
 

@@ -56,12 +56,12 @@ from client.app import make_app as make_client_app
 from client.augmentation import Augmentation
 from client.cohort import Cohort
 from client.features import Extractor
-from client.presets import PRESETS
 from client.workshop import Workshop, threads
 from common import model
 from common.errors import ConfigError, ConsiliumError
 from common.files import write_json
-from common.run_config import RunConfig, build
+from common.presets import PRESETS
+from common.run_config import RunConfig, base_lr, build
 from common.seeds import numpy_stream
 from server.app import make_app as make_server_app
 from server.coordinator import Coordinator, Start
@@ -245,7 +245,7 @@ def _rounds_of(scene: Scene, cache: Path) -> Clock:
 def _plain_rounds(bench: Bench, sections: Mapping[str, Mapping[str, Any]]) -> plain_flower.Measured:
     scene = bench.scene(**sections)
     deep = scene.built.upper.body is not None
-    rate = client.training.base_lr(scene.run.training, deep=deep)
+    rate = base_lr(scene.run.training, deep=deep)
     recipe = plain_flower.Recipe(BATCH_SIZE, rate, scene.built.spec)
     return plain_flower.run(scene.built, list(scene.sites.values()), recipe, rounds=1)
 

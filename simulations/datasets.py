@@ -33,10 +33,10 @@ from client.cohort import Cohort, PixelSource
 from client.gathering import Folder, Gathered, gather, nothing_usable
 from client.identity import Identity
 from client.labels import Labelled, Rules
-from client.preprocessing import preprocess_array, preprocessing_id
-from client.presets import ColourPolicy, Preset
+from client.preprocessing import preprocess_array
 from client.secret import make_secret, read_secret
 from common.errors import ConfigError, ConsiliumError, DataError, unknown_value
+from common.presets import ColourPolicy, Preset, preprocessing_id
 from simulations import annotation, phantoms
 from simulations.annotation import AS_USUAL, Policy
 from simulations.splits import assign

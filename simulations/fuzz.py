@@ -29,10 +29,10 @@ from rich.table import Table
 from client.identity import Identity
 from client.image import CODES, IGNORED
 from client.pool import Limits, Pool, Read
-from client.presets import GENERIC
 from client.worker import Task
 from common.errors import ConsiliumError
 from common.files import write_json
+from common.presets import GENERIC
 from simulations.encodings import SYNTAXES, film, write
 
 _BATCH = 500  # files that lie on disk at a time

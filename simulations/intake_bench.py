@@ -27,8 +27,8 @@ from rich.table import Table
 
 from client.catalogue import Catalogue
 from client.identity import Identity
-from client.presets import CHEST_XRAY
 from common.errors import ConsiliumError
+from common.presets import CHEST_XRAY
 from simulations.encodings import SYNTAXES, bare_reading, dataset, film, write
 
 KINDS = {"raw": 400, "rle": 400, "jpeg": 400, "jpeg-ls": 160, "jpeg-2000": 48}  # files of 512 x 512

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -15,20 +14,19 @@ from client.app import make_app as make_client_app
 from client.augmentation import Augmentation
 from client.cohort import Cohort
 from client.features import Extractor
-from client.presets import PRESETS, Preset
-from client.training import base_lr
 from client.workshop import Workshop, choose_device
-from common import checkpoint, model
-from common.errors import CheckpointError, ConfigError, ConsiliumError, UsageError, unknown_value
-from common.files import write_atomic, write_json
+from common import model
+from common.errors import CheckpointError, ConsiliumError, UsageError, unknown_value
+from common.files import write_atomic
 from common.model import Built
+from common.presets import PRESETS, Preset
 from common.run_config import RunConfig, Simulation
 from common.weights import Weights
 from server import result
-from server.aggregation import check_sites
 from server.app import make_app as make_server_app
 from server.coordinator import Cast, Coordinator, Outcome, Start
 from server.federation import Federation
+from server.plan import settled
 from server.report import page
 from server.result import Surroundings, TrunkFacts
 from simulations import baselines, datasets, hospitals, partition
@@ -70,29 +68,30 @@ def simulate(job: Job, progress: Progress) -> tuple[Path, dict[str, Any]]:
         ConsiliumError: the run failed; what was reached is in the folder.
     """
     begin = time.monotonic()
-    plan = _continued(job)
+    plan = continued(job)
     scene = set_scene(plan, job.cache, progress)
     check_faults(job.faults, scene.run.sites.names, scene.run.training.rounds)
-    folder = _open_folder(job, scene.run)
+    folder = open_folder(job, scene.run)
     workshop = Workshop(job.cache, scene.device)
     seconds = {"features": _fill(scene, job.cache, progress)}
     start = Start(scene.run, scene.trunk, model.trainable_values(scene.built.upper), folder)
-    around = _surroundings(scene)
+    around = around_of(scene)
     workshop.lend(scene.run.fingerprint(), scene.built)
     cast = Cast()
     try:
         outcome = federate(start, scene, workshop, job, cast, progress)
     except ConsiliumError as error:
         rounds = result.read_rounds(folder)
-        _finish(folder, result.failed(str(error), around(None, seconds), cast, rounds, time.monotonic() - begin))
+        found = result.failed(str(error), around(None, seconds), cast, rounds, time.monotonic() - begin)
+        result.finish(folder, found, page.write)
         raise
     seconds["rounds"] = outcome.seconds["rounds"]
-    compared, seconds["baselines"] = _compare(scene, start, workshop, folder, progress)
+    compared, seconds["baselines"] = compare(scene, start, workshop, folder, progress)
     seconds["total"] = time.monotonic() - begin
     known = around(compared, seconds)
     found = result.completed(outcome, known)
     result.write_model(folder / "model", outcome, known, found)
-    _finish(folder, found)
+    result.finish(folder, found, page.write)
     return folder, found
 
 
@@ -103,7 +102,7 @@ def set_scene(plan: RunConfig, cache: Path, progress: Progress) -> Scene:
     preset_name, preset = _preset(plan, simulation)
     size = plan.data.image_size or preset.image_size
     spec = partition.parse_spec(simulation.partition or _default_partition(simulation))
-    weights = Weights.parse(plan.model.weights, plan.model.backbone)  # a bad value fails before the data are read
+    Weights.parse(plan.model.weights, plan.model.backbone)  # a bad value fails before the data are read
     data_root = Path(simulation.data_root) if simulation.data_root else cache / "datasets"
     dataset = datasets.load(
         simulation.dataset,
@@ -117,38 +116,12 @@ def set_scene(plan: RunConfig, cache: Path, progress: Progress) -> Scene:
         progress=lambda done, total: progress("images", done, total),
     )
     parts = partition.partition(dataset.cohort, dataset.sites, spec, simulation.sites, plan.seed, cache)
-    names = tuple(sorted(parts))
-    check_sites(plan.training.rule, len(names))
-    quorum = plan.sites.quorum or len(names)
-    if quorum > len(names):
-        raise ConfigError(f"--quorum {quorum}: the run has {len(names)} sites")
-    training = plan.training
-    if training.local_epochs is None and training.local_steps is None:
-        training = training.model_copy(update={"local_epochs": 1})
-    training = training.model_copy(update={"lr": base_lr(training, deep=plan.model.trainable != "head")})
-    run = plan.model_copy(
-        update={
-            "task": plan.task.model_copy(
-                update={"name": dataset.name, "labels": dataset.cohort.label_names, "kind": dataset.cohort.kind}
-            ),
-            "data": plan.data.model_copy(
-                update={
-                    "preset": preset_name,
-                    "image_size": size,
-                    "views": plan.data.views or preset.views,
-                    "preprocessing": dataset.cohort.preprocessing,
-                }
-            ),
-            "model": plan.model.model_copy(update={"weights": str(weights.path or weights.source)}),
-            "training": training,
-            "sites": plan.sites.model_copy(update={"names": names, "quorum": quorum}),
-            "simulation": simulation.model_copy(update={"partition": str(spec), "data_root": str(data_root)}),
-        }
+    task = plan.task.model_copy(
+        update={"name": dataset.name, "labels": dataset.cohort.label_names, "kind": dataset.cohort.kind}
     )
-    built = model.pretrained(run)
-    content = model.frozen_content(built, run)
-    run = run.model_copy(update={"model": run.model.model_copy(update={"trunk_sha256": checkpoint.sha256(content)})})
-    return Scene(run, dataset, hospitals.cohorts(dataset.cohort, parts), built, content, device)
+    placed = simulation.model_copy(update={"partition": str(spec), "data_root": str(data_root)})
+    found = settled(plan.model_copy(update={"simulation": placed}), task, tuple(parts), preset_name)
+    return Scene(found.run, dataset, hospitals.cohorts(dataset.cohort, parts), found.built, found.trunk, device)
 
 
 def _preset(plan: RunConfig, simulation: Simulation) -> tuple[str, Preset]:
@@ -214,7 +187,7 @@ def federate(start: Start, scene: Scene, workshop: Workshop, job: Job, cast: Cas
     return outcomes[0]
 
 
-def _compare(
+def compare(
     scene: Scene, start: Start, workshop: Workshop, folder: Path, progress: Progress
 ) -> tuple[dict[str, Any] | None, float]:
     if not (scene.run.simulation and scene.run.simulation.baselines):
@@ -225,7 +198,7 @@ def _compare(
     return found, time.monotonic() - begin
 
 
-def _surroundings(scene: Scene) -> Callable[[Mapping[str, Any] | None, Mapping[str, float]], Surroundings]:
+def around_of(scene: Scene) -> Callable[[Mapping[str, Any] | None, Mapping[str, float]], Surroundings]:
     """Return what completes the facts of a run once baselines and times are known."""
     values = model.trainable_values(scene.built.upper)
     trunk = TrunkFacts(scene.run.model.trunk_sha256, model.frozen_count(scene.built), len(scene.trunk))
@@ -253,7 +226,7 @@ def _surroundings(scene: Scene) -> Callable[[Mapping[str, Any] | None, Mapping[s
 # The run's folder
 
 
-def _continued(job: Job) -> RunConfig:
+def continued(job: Job) -> RunConfig:
     """Return the plan, or with --resume the one that the folder holds."""
     if not job.resume:
         return job.plan
@@ -265,7 +238,7 @@ def _continued(job: Job) -> RunConfig:
     return RunConfig.from_toml(path.read_text(encoding="utf-8"), str(path))
 
 
-def _open_folder(job: Job, run: RunConfig) -> Path:
+def open_folder(job: Job, run: RunConfig) -> Path:
     """Make the run's folder, or check that it is this run's.
 
     Raises:
@@ -299,10 +272,3 @@ def next_folder(root: Path, run: RunConfig) -> Path:
     while (root / f"{stem}-{number}").exists():
         number += 1
     return root / f"{stem}-{number}"
-
-
-def _finish(folder: Path, found: Mapping[str, Any]) -> None:
-    write_json(folder / "result.json", found)
-    page.write(found, folder / "report.html")
-    if found["status"] != "failed":
-        shutil.rmtree(folder / "state", ignore_errors=True)

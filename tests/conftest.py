@@ -5,10 +5,19 @@ And, for what a hospital does alone, a ward: files on disk, a table of labels, a
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import datetime
 import hashlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+import ipaddress
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +26,30 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.clientapp import ClientApp
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.primitives.asymmetric import private_key_to_bytes, public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from PIL import Image
 
 from client import catalogue, intake
@@ -34,7 +65,9 @@ from common import checkpoint, model
 from common.model import Built
 from common.run_config import RunConfig
 from server.app import make_app as make_server_app
+from server.control import Control
 from server.coordinator import Coordinator, Outcome, Start
+from server.endpoints import Endpoints
 from server.federation import Federation
 from simulations import encodings
 from simulations.grid import Fault, InProcessGrid, run_in_process
@@ -422,3 +455,181 @@ def wards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ward
         return Ward(tmp_path / name, secret)
 
     return make
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def write_certificate(certificate: Path, private_key: Path) -> None:
+    """Write a certificate of 127.0.0.1 that is its own authority."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .sign(key, hashes.SHA256())
+    )
+    certificate.write_bytes(built.public_bytes(serialization.Encoding.PEM))
+    private_key.write_bytes(private_key_to_bytes(key))
+
+
+class SuperLink:
+    """The coordinator's SuperLink in a process of its own, and the endpoints that lead to it."""
+
+    def __init__(self, folder: Path, **changes: Any) -> None:
+        self.folder = folder
+        names = ("superlink.db", "superexec.secret", "operator.secret", "server.pem", "server.key")
+        self.endpoints = Endpoints(
+            *(folder / name for name in names), listen=f"127.0.0.1:{free_port()}", operator_port=free_port()
+        )
+        self.endpoints = replace(self.endpoints, **changes)
+        for path in (self.endpoints.superexec_secret, self.endpoints.operator_secret):
+            path.write_bytes(os.urandom(32))
+            path.chmod(0o600)
+        write_certificate(self.endpoints.certificate, self.endpoints.private_key)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def launch(self, **options: Any) -> subprocess.Popen[bytes]:
+        """Start the process; it may not answer yet."""
+        file = self.folder / "endpoints.json"
+        self.endpoints.write(file)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        command = [sys.executable, "-P", "-m", "server.superlink", str(file)]
+        return subprocess.Popen(command, env=environment, **options)
+
+    def start(self) -> SuperLink:
+        """Start the process and wait until it answers."""
+        self.process = self.launch()
+        with Control(self.endpoints) as control:
+            end = time.monotonic() + 60
+            while not control.is_up():
+                assert self.process.poll() is None and time.monotonic() < end
+                time.sleep(0.05)
+        return self
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """End the process and return its exit status."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(10)
+
+
+class Link:
+    """A hospital's end: Flower's own client and its own signature."""
+
+    def __init__(self, address: str, root: Path | None, key: ec.EllipticCurvePrivateKey | None = None) -> None:
+        self.key = key or ec.generate_private_key(ec.SECP384R1())
+        self.node = Node()
+        self.client = FleetHttpClient.from_server_address(
+            address,
+            root is None,
+            None if root is None else root.read_bytes(),
+            interceptors=[NodeAuthHttpInterceptor(self.key, self.key.public_key())],
+        )
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+
+    @property
+    def public_key(self) -> str:
+        """In OpenSSH form."""
+        form = serialization.PublicFormat.OpenSSH
+        return self.key.public_key().public_bytes(serialization.Encoding.OpenSSH, form).decode()
+
+    def activate(self) -> int:
+        """Come online and return the node's number."""
+        request = ActivateNodeRequest(public_key=public_key_to_bytes(self.key.public_key()), heartbeat_interval=30)
+        self.node = Node(node_id=self.client.ActivateNode(request).node_id)
+        return self.node.node_id
+
+    def answer(self, reply: Callable[[Message], RecordDict]) -> bool:
+        """Answer a waiting message, as Flower's SuperNode does; False where none waits."""
+        pulled = self.client.PullMessages(PullMessagesRequest(node=self.node))
+        if not pulled.messages_list:
+            return False
+        meta = message_from_proto(pulled.messages_list[0]).metadata
+        ids = [tree.object_id for tree in iterate_object_tree(pulled.message_object_trees[0])]
+        contents = pull_objects(ids, make_pull_object_fn_protobuf(self.client.PullObject, self.node, meta.run_id))
+        received = ConfirmMessageReceivedRequest(node=self.node, run_id=meta.run_id, message_object_id=meta.message_id)
+        self.client.ConfirmMessageReceived(received)
+        message = inflate_object_from_contents(meta.message_id, contents)
+        assert isinstance(message, Message)
+        message.metadata.__dict__["_message_id"] = meta.message_id
+        self._push(Message(reply(message), reply_to=message))
+        return True
+
+    def _push(self, answer: Message) -> None:
+        with no_object_id_recompute():
+            answer.metadata.__dict__["_message_id"] = answer.object_id
+            bare = message_to_proto(remove_content_from_message(answer))
+            pushed = self.client.PushMessages(
+                PushMessagesRequest(
+                    node=self.node,
+                    messages_list=[bare],
+                    message_object_trees=[get_object_tree(answer)],
+                    clientapp_runtime_list=[0.0],
+                )
+            )
+            run_id = answer.metadata.run_id
+            push = make_push_object_fn_protobuf(self.client.PushObject, self.node, run_id, pushed.session_id)
+            push_objects(get_all_nested_objects(answer), push, object_ids_to_push=set(pushed.objects_to_push))
+
+
+@pytest.fixture
+def superlinks(tmp_path: Path) -> Iterator[Callable[..., SuperLink]]:
+    """Return a maker of SuperLinks that are gone after the test."""
+    made: list[SuperLink] = []
+
+    def make(**changes: Any) -> SuperLink:
+        folder = tmp_path / f"coordinator-{len(made)}"
+        folder.mkdir()
+        made.append(SuperLink(folder, **changes))
+        return made[-1]
+
+    yield make
+    for superlink in made:
+        if superlink.process is not None and superlink.process.poll() is None:
+            superlink.end(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
+    """A SuperLink that the tests of a module share."""
+    running = SuperLink(tmp_path_factory.mktemp("coordinator")).start()
+    yield running
+    assert running.end() == 0
+
+
+@pytest.fixture(scope="module")
+def superlink_behind_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuperLink]:
+    """A SuperLink that leaves TLS to a proxy."""
+    running = SuperLink(tmp_path_factory.mktemp("coordinator"), tls=False).start()
+    yield running
+    assert running.end() == 0
+
+
+@pytest.fixture
+def links() -> Iterator[Callable[..., Link]]:
+    """Return a maker of hospitals' ends at a SuperLink's public listener."""
+    with contextlib.ExitStack() as stack:
+
+        def make(superlink: SuperLink, **options: Any) -> Link:
+            endpoints = superlink.endpoints
+            root = endpoints.certificate if endpoints.tls else None
+            return stack.enter_context(Link(**{"address": endpoints.listen, "root": root, **options}))
+
+        yield make

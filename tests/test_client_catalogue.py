@@ -12,7 +12,7 @@ from PIL import Image
 import client.catalogue
 from client.catalogue import Catalogue
 from client.identity import Identity
-from client.presets import GENERIC
+from common.presets import GENERIC
 
 SITE = Identity(b"s" * 32)
 

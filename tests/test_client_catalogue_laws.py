@@ -17,8 +17,8 @@ from client.catalogue import FLUSH, Catalogue
 from client.identity import Identity
 from client.image import Header
 from client.preprocessing import preprocess_array
-from client.presets import GENERIC
 from client.records import Entry
+from common.presets import GENERIC
 from simulations.encodings import SYNTAXES, film, write
 
 SITE = Identity(b"s" * 32)
@@ -146,7 +146,7 @@ def test_a_reading_that_is_killed_goes_on_where_it_was(tmp_path: Path, reads: li
     paths = pictures(tmp_path / "in", 4 * FLUSH)
     script = (
         "import sys\nfrom pathlib import Path\nfrom client.catalogue import Catalogue\n"
-        "from client.identity import Identity\nfrom client.presets import GENERIC\n"
+        "from client.identity import Identity\nfrom common.presets import GENERIC\n"
         f"catalogue = Catalogue(Path(sys.argv[1]), Identity(b's' * 32), GENERIC, {SIZE}, 1)\n"
         "catalogue.read(sorted(Path(sys.argv[2]).iterdir()), lambda done, total: print(done, flush=True))\n"
     )

@@ -24,7 +24,7 @@ from client.decoding import read
 from client.identity import Identity
 from client.image import CODES, IGNORED, Decoded, Ignored, Unreadable
 from client.preprocessing import preprocess, shown
-from client.presets import PRESETS
+from common.presets import PRESETS
 
 SITE = Identity(b"s" * 32)
 GENERIC, CT = PRESETS["generic"], PRESETS["ct"]

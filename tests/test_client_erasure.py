@@ -12,11 +12,11 @@ import pytest
 from client import audit, dicom, erasure, examination, intake, optout
 from client.augmentation import MOST_VIEWS, Augmentation, keys
 from client.identity import Identity
-from client.presets import PRESETS
 from client.rowstore import RowStore
 from client.secret import read_secret
 from client.site_config import SiteConfig
 from common.errors import CacheError
+from common.presets import PRESETS
 
 pytestmark = pytest.mark.slow
 

@@ -18,12 +18,12 @@ from client.augmentation import Augmentation, keys
 from client.cohort import Cohort
 from client.features import BATCH, Extractor, Features
 from client.folding import folded
-from client.presets import PRESETS
 from client.rowstore import RowStore
 from common import checkpoint, model
 from common.backbone import Layout, Trunk
 from common.errors import CacheError
 from common.model import Built
+from common.presets import PRESETS
 from common.run_config import Data, Model, RunConfig, Task
 
 SIZE = 32

@@ -20,7 +20,7 @@ from pydicom.pixels import pixel_array
 from client.decoding import Reading, read
 from client.identity import Identity
 from client.preprocessing import preprocess
-from client.presets import PRESETS
+from common.presets import PRESETS
 from simulations.encodings import LOSSLESS, dataset, jpeg, transcode, write
 
 SITE = Identity(b"s" * 32)

@@ -16,8 +16,8 @@ from PIL import Image
 from client.identity import Identity
 from client.image import CODES, IGNORED
 from client.pool import Limits, Pool
-from client.presets import GENERIC
 from client.worker import Task
+from common.presets import GENERIC
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +82,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
         "from client.pool import Pool; from client.worker import Task\n"
-        "from client.identity import Identity; from client.presets import GENERIC\n"
+        "from client.identity import Identity; from common.presets import GENERIC\n"
         "pool = Pool(Task(Identity(bytes(32)), GENERIC, 16, frozenset()), workers=1)\n"
         "list(pool.read([Path(sys.argv[1]) / '0.png']))\n"
         "print(pool._workers[0].process.pid, flush=True); time.sleep(60)\n"

@@ -19,10 +19,10 @@ from PIL import Image
 from client.identity import Identity
 from client.image import CODES
 from client.pool import Limits, Pool, Read
-from client.presets import GENERIC
 from client.records import RECORD
 from client.worker import SIZE, Task
 from common.errors import ConsiliumError
+from common.presets import GENERIC
 from simulations.encodings import SYNTAXES, film, write
 
 TASK = Task(Identity(b"s" * 32), GENERIC, 16, frozenset())

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from client.image import Decoded
-from client.preprocessing import letterbox, preprocess, preprocess_array, preprocessing_id, shown
-from client.presets import CHEST_CT, MAMMOGRAPHY, PRESETS, ULTRASOUND, Preset
+from client.preprocessing import letterbox, preprocess, preprocess_array, shown
 from common.errors import DataError
+from common.presets import CHEST_CT, MAMMOGRAPHY, PRESETS, ULTRASOUND, Preset, preprocessing_id
 
 GENERIC = PRESETS["generic"]
 

@@ -16,11 +16,8 @@ from torch import Tensor, nn
 from client.features import Features
 from client.rowstore import RowStore
 from client.training import (
-    DEEP_LR,
-    HEAD_LR,
     Fitted,
     add_proximal_gradient,
-    base_lr,
     example_losses,
     fit,
     learning_rate,
@@ -29,7 +26,7 @@ from client.training import (
 )
 from common import model
 from common.backbone import Head, Layout, Upper
-from common.run_config import Data, Model, RunConfig, Task, Training
+from common.run_config import DEEP_LR, HEAD_LR, Data, Model, RunConfig, Task, Training, base_lr
 
 EVEN = torch.ones(3)
 

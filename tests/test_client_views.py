@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.augmentation import Augmentation, keys
-from client.presets import PRESETS
 from client.views import augment, normalise
 from common.backbone import InputSpec
+from common.presets import PRESETS
 
 torch.set_num_threads(1)
 

@@ -14,11 +14,13 @@ from client.app import make_app
 from common.errors import QuorumLost, SiteRefusal
 from common.messages import (
     REFUSALS,
+    Collect,
     Describe,
     Description,
     Done,
     Freeze,
     InstallTrunk,
+    Pending,
     Prepare,
     Train,
     Trained,
@@ -27,7 +29,7 @@ from common.messages import (
     to_record,
 )
 from server import federation as module
-from server.federation import Federation, Traffic, require_quorum
+from server.federation import Federation, Network, Present, Traffic, require_quorum
 from simulations.grid import Fault, InProcessGrid
 
 NAMES = ("a", "b", "c")
@@ -69,7 +71,7 @@ def grid_of(*names, faults=(), kind=InProcessGrid):
 
 def joined(grid, names=NAMES, deadline=5.0):
     federation = Federation(grid, deadline)
-    federation.find(names, "run")
+    federation.find(names, Describe("run"))
     return federation
 
 
@@ -86,7 +88,7 @@ def asked(federation, request, names=NAMES):
 
 def test_the_sites_are_found_by_the_name_they_give():
     federation = Federation(grid_of("c", "a", "b"), 5.0)
-    answers = federation.find(NAMES, "run")
+    answers = federation.find(NAMES, Describe("run"))
     assert list(answers) == federation.sites == list(NAMES)
     assert {name: answer.reply.site for name, answer in answers.items()} == {name: name for name in NAMES}
     assert {answer.status for answer in answers.values()} == {"contributed"}
@@ -104,7 +106,7 @@ class Recording(InProcessGrid):
 def test_unknown_nodes_are_asked_who_they_are_and_never_again():
     grid = grid_of("stranger", "a", "b", "guest", kind=Recording)
     federation = Federation(grid, 5.0)
-    answers = federation.find(("a", "b"), "run")
+    answers = federation.find(("a", "b"), Describe("run"))
     assert list(answers) == ["a", "b"]
     asked(federation, Prepare("print"), ("a", "b"))
     later = [message.metadata for message in grid.sent if message.metadata.message_type != "query.describe"]
@@ -113,7 +115,7 @@ def test_unknown_nodes_are_asked_who_they_are_and_never_again():
 
 def test_who_is_not_there_is_lost_and_the_others_are_found():
     begin = time.monotonic()
-    answers = Federation(grid_of("a", "c"), 0.2).find(NAMES, "run")
+    answers = Federation(grid_of("a", "c"), 0.2).find(NAMES, Describe("run"))
     assert (answers["b"].status, answers["b"].reason, answers["b"].reply) == ("lost", "absent", None)
     assert answers["b"].traffic == Traffic()
     assert {answers["a"].status, answers["c"].status} == {"contributed"}
@@ -123,7 +125,7 @@ def test_who_is_not_there_is_lost_and_the_others_are_found():
 def test_of_two_nodes_with_one_name_the_first_stands():
     grid = grid_of("a", "a", "b", "c", kind=Recording)
     federation = Federation(grid, 5.0)
-    assert [answer.status for answer in federation.find(NAMES, "run").values()] == ["contributed"] * 3
+    assert [answer.status for answer in federation.find(NAMES, Describe("run")).values()] == ["contributed"] * 3
     answers = list(federation.ask(dict.fromkeys(NAMES, train(1))))
     assert sorted(answer.site for answer in answers) == list(NAMES)
     assert [message.metadata.dst_node_id for message in grid.sent if message.metadata.message_type == "train"] == [
@@ -141,16 +143,26 @@ def test_a_node_that_declines_the_run_is_nobody():
         return decline if node["partition-id"] == 1 else Station("a").handle
 
     federation = Federation(InProcessGrid(make_app(open_site), ["a", "b"]), 5.0)
-    assert federation.find(("a", "b"), "run")["b"].reply is None
+    assert federation.find(("a", "b"), Describe("run"))["b"].reply is None
     assert federation.sites == ["a"]
 
 
 # ------------------------------------------------------------------------------------------------------- answers
 
 
+def answer_of(record, request):
+    """Return what the federation makes of a record that a site sends for a request."""
+    app = ClientApp()
+    app.query("describe")(lambda message, _: Message(to_record(Station("a").handle(Describe(""))), reply_to=message))
+    app.query("prepare")(lambda message, _: Message(record, reply_to=message))
+    app.train()(lambda message, _: Message(record, reply_to=message))
+    (answer,) = asked(joined(InProcessGrid(app, ["a"]), ("a",)), request, ("a",)).values()
+    return answer
+
+
 @pytest.mark.parametrize("code", REFUSALS)
 def test_a_refusal_is_its_code(code):
-    answer = module._answer("a", reply_with(refusal(code)), Done, (0, 0))
+    answer = answer_of(refusal(code), Prepare("print"))
     assert (answer.status, answer.reason, answer.reply) == ("refused", code, None)
 
 
@@ -164,7 +176,7 @@ def test_one_site_refuses_or_fails_and_the_others_go_on():
 
 def test_a_refusal_of_an_invented_code_carries_no_text_along():
     told = RecordDict({"facts": ConfigRecord({"refused": "Mrs Miller, born 1950"})})
-    answer = module._answer("a", reply_with(told), Done, (0, 0))
+    answer = answer_of(told, Prepare("print"))
     assert (answer.status, answer.reason) == ("refused", "internal")
 
 
@@ -174,20 +186,6 @@ def test_a_flower_error_is_a_loss_without_its_text():
     assert (answer.status, answer.reason, answer.reply) == ("lost", "unreachable", None)
     assert answer.traffic == Traffic(weights_down=14, other_down=count_bytes(to_record(train(1)))[1])
     assert "dropped" not in repr(answer)
-
-
-def reply_with(content):
-    app = ClientApp()
-    grid = InProcessGrid(app, ["a"])
-
-    @app.query("prepare")
-    def answer(message, context):
-        return Message(content, reply_to=message)
-
-    message = Message(to_record(Prepare("print")), dst_node_id=1, message_type="query.prepare")
-    (identity,) = grid.push_messages([message])
-    (reply,) = grid.pull_messages([identity])
-    return reply
 
 
 def raw(value=None, **changes):
@@ -241,9 +239,9 @@ GARBAGE = {
 
 @pytest.mark.parametrize("kind", GARBAGE)
 def test_garbage_is_quarantined(kind):
-    answer = module._answer("a", reply_with(GARBAGE[kind]), Trained, (2, 3))
+    answer = answer_of(GARBAGE[kind], train(1))
     assert (answer.status, answer.reason, answer.reply) == ("quarantined", "unreadable", None)
-    assert (answer.traffic.weights_down, answer.traffic.other_down) == (2, 3)
+    assert (answer.traffic.weights_down, answer.traffic.other_down) == count_bytes(to_record(train(1)))
 
 
 def test_garbage_from_one_site_stops_nobody():
@@ -392,3 +390,155 @@ def test_settled_values_reach_every_site_unchanged():
         assert received.fingerprint == "print"
         np.testing.assert_array_equal(received.mean, request.mean)
         assert received.class_weights.dtype == np.float64
+
+
+# -------------------------------------------------------------------------------------------------------- a network
+
+
+class Line(InProcessGrid):
+    """A line to sites that loses, delays and repeats as each site's script says; the last word of a script stays."""
+
+    def __init__(self, **scripts):
+        super().__init__(ClientApp(), list(scripts))
+        self.scripts = {name: list(words) for name, words in scripts.items()}
+        self.since = dict.fromkeys(scripts, "first")
+        self.sent = []
+        self._replies = {}
+
+    def roster(self):
+        return {name: Present(number, self.since[name]) for number, name in self._sites.items() if self.since[name]}
+
+    def push_messages(self, messages):
+        identities = list(super().push_messages(list(messages)))
+        for identity in identities:
+            message = self._queue.pop(identity)
+            name = self._sites[message.metadata.dst_node_id]
+            script = self.scripts[name]
+            word = script.pop(0) if len(script) > 1 else script[0]
+            self.sent.append((name, message.metadata.message_type, word))
+            self._replies[identity] = self._said(name, word, message)
+        return identities
+
+    def _said(self, name, word, message):
+        if word == "silence":
+            return None
+        if word == "fall over":  # the site is started anew with the message in hand
+            self.since[name] += "+"
+            return None
+        if word == "error":
+            return Message(Error(code=0, reason="of Mrs Miller"), reply_to=message)
+        record = {
+            "work": to_record(Pending("t" * 64, "features", 1, 3)),
+            "done": to_record(Done()),
+            "describe": to_record(Description(name, np.ones((3, 2), np.int64), "")),
+            "impostor": to_record(Description("a", np.ones((3, 2), np.int64), "")),
+        }.get(word)
+        return Message(refusal(word) if record is None else record, reply_to=message)
+
+    def pull_messages(self, message_ids):
+        return [reply for identity in message_ids if (reply := self._replies.pop(identity, None)) is not None]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Looks and retries without the waiting that a real network needs."""
+    monkeypatch.setattr(module, "LOOK_S", 0.05)
+    monkeypatch.setattr(module, "LONGEST_EXCHANGE_S", 0.3)
+
+
+def over(line, names, *, deadline=5.0, patience=0.3, watch=None):
+    federation = Federation(line, deadline, Network(line.roster, patience_s=patience), watch)
+    federation.find(names, Describe("run"))
+    return federation
+
+
+def test_on_a_network_only_the_enrolled_names_are_sent_anything(quick):
+    line = Line(a=["describe"], b=["describe"], stranger=["describe"])
+    assert over(line, ("a", "b")).sites == ["a", "b"]
+    assert {name for name, _, _ in line.sent} == {"a", "b"}
+
+
+def test_a_site_that_gives_another_name_than_it_was_enrolled_under_is_quarantined(quick):
+    line = Line(a=["describe"], b=["impostor"])
+    answers = Federation(line, 5.0, Network(line.roster)).find(("a", "b"), Describe("run"))
+    assert (answers["b"].status, answers["b"].reason, answers["b"].reply) == ("quarantined", "identity", None)
+    assert answers["a"].reply.site == "a"
+
+
+def test_a_refusal_to_be_described_is_told(quick):
+    line = Line(a=["describe"], b=["policy"])
+    answers = Federation(line, 5.0, Network(line.roster)).find(("a", "b"), Describe("run"))
+    assert (answers["b"].status, answers["b"].reason) == ("refused", "policy")
+
+
+def test_work_that_takes_long_is_asked_after(quick):
+    told = []
+    line = Line(a=["describe", "work", "work", "done"])
+    federation = over(line, ("a",), watch=lambda *facts: told.append(facts))
+    answer = asked(federation, Prepare("print"), ("a",))["a"]
+    assert (answer.status, answer.reply) == ("contributed", Done())
+    assert [kind for _, kind, _ in line.sent] == ["query.describe", "query.prepare", "query.collect", "query.collect"]
+    assert ("a", "features", 1, 3) in told
+    collect = count_bytes(to_record(Collect("t" * 64)))[1]
+    assert answer.traffic.other_down == count_bytes(to_record(Prepare("print")))[1] + 2 * collect
+
+
+@pytest.mark.parametrize("trouble", ["error", "unavailable", "fall over", "silence"])
+@pytest.mark.slow
+def test_what_was_lost_on_the_way_is_asked_again(quick, trouble):
+    line = Line(a=["describe", trouble, "done"], b=["describe", "done"])
+    answers = asked(over(line, ("a", "b")), Prepare("print"), ("a", "b"))
+    assert {answer.status for answer in answers.values()} == {"contributed"}
+    assert [(kind, word) for name, kind, word in line.sent if name == "a"][1:] == [
+        ("query.prepare", trouble),
+        ("query.prepare", "done"),
+    ]
+
+
+def test_a_site_that_forgot_its_work_is_sent_the_request_again(quick):
+    line = Line(a=["describe", "work", "unknown_ticket", "done"])
+    assert asked(over(line, ("a",)), Prepare("print"), ("a",))["a"].status == "contributed"
+    assert [kind for _, kind, _ in line.sent][1:] == ["query.prepare", "query.collect", "query.prepare"]
+
+
+def test_a_site_that_is_gone_is_given_up_before_the_deadline(quick):
+    line = Line(a=["describe", "silence"], b=["describe", "done"])
+    federation = over(line, ("a", "b"), deadline=60.0)
+    line.since["a"] = ""
+    begin = time.monotonic()
+    answers = asked(federation, Prepare("print"), ("a", "b"))
+    assert (answers["a"].status, answers["a"].reason) == ("lost", "absent")
+    assert answers["b"].status == "contributed"
+    assert 0.3 <= time.monotonic() - begin < 3.0
+
+
+def test_a_site_that_answers_nothing_of_use_is_lost_at_the_deadline(quick):
+    line = Line(a=["describe", "silence"])
+    answer = asked(over(line, ("a",), deadline=0.5), Prepare("print"), ("a",))["a"]
+    assert (answer.status, answer.reason) == ("lost", "deadline")
+
+
+def test_sites_that_never_connect_are_waited_for_and_then_absent(quick):
+    line = Line(a=["describe"], b=["describe"])
+    line.since["b"] = ""
+    answers = Federation(line, 60.0, Network(line.roster, patience_s=0.2)).find(("a", "b"), Describe("run"))
+    assert (answers["b"].status, answers["b"].reason) == ("lost", "absent")
+    assert answers["a"].status == "contributed"
+
+
+def test_large_replies_are_pulled_a_few_at_a_time(quick):
+    pulled = []
+
+    class Counting(Line):
+        def pull_messages(self, message_ids):
+            pulled.append(len(list(message_ids)))
+            return super().pull_messages(message_ids)
+
+    names = tuple("abcdef")
+    line = Counting(**{name: ["describe", "done"] for name in names})
+    federation = Federation(line, 5.0, Network(line.roster, pull_bytes=2500))
+    federation.find(names, Describe("run"))
+    pulled.clear()
+    answers = asked(federation, InstallTrunk("print", "ab", np.zeros(1000, np.uint8)), names)
+    assert {answer.status for answer in answers.values()} == {"contributed"}
+    assert max(pulled) == 2

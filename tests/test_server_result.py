@@ -12,10 +12,10 @@ import pytest
 from client import evaluation
 from client.augmentation import Augmentation
 from client.features import Extractor
-from client.presets import PRESETS
 from client.workshop import Workshop
 from common import checkpoint, metrics, model
 from common.errors import QuorumLost
+from common.presets import PRESETS
 from common.run_config import RunConfig
 from server import result
 from server.coordinator import Cast

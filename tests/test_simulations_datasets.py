@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from client.preprocessing import preprocess_array, preprocessing_id
-from client.presets import PRESETS
+from client.preprocessing import preprocess_array
 from common.errors import ConfigError, ConsiliumError, DataError
+from common.presets import PRESETS, preprocessing_id
 from simulations import datasets, encodings, phantoms
 from simulations.annotation import Policy
 from simulations.datasets import ArraySource, load
@@ -380,7 +380,7 @@ def test_a_failed_download_says_how_to_go_on_offline_and_leaves_nothing(tmp_path
         "import socket, sys, warnings; from pathlib import Path; sys.path.insert(0, '.')\n"
         "def refuse(*_, **__): raise OSError('no network')\n"
         "socket.getaddrinfo = refuse\n"
-        "from client.presets import PRESETS; from common.errors import ConsiliumError\n"
+        "from common.presets import PRESETS; from common.errors import ConsiliumError\n"
         "from simulations.datasets import load; root, preset = Path(sys.argv[1]), PRESETS['generic']\n"
         "try: load('breastmnist', data_root=root, cache=root, preset=preset, image_size=8, seed=0, sites=3)\n"
         "except ConsiliumError as error: sys.stdout.write(str(error))\n"
@@ -402,7 +402,7 @@ def test_names_cost_no_import_of_medmnist_or_torch(tmp_path):
     (tmp_path / "data").mkdir()
     written(tmp_path / "data", medmnist(), "pneumoniamnist.npz")
     code = (
-        "import sys; sys.path.insert(0, '.'); from pathlib import Path; from client.presets import PRESETS\n"
+        "import sys; sys.path.insert(0, '.'); from pathlib import Path; from common.presets import PRESETS\n"
         "from simulations.datasets import load; root = Path(sys.argv[1])\n"
         "preset = PRESETS['generic']\n"
         "load('pneumoniamnist', data_root=root, cache=root, preset=preset, image_size=8, seed=0, sites=3)\n"

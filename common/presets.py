@@ -6,9 +6,16 @@ augmentation, which happens later. The numbers of all sites of a run are the sam
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+VERSION = 2
+"""Raise it whenever `client.decoding`, `client.dicom` or `client.preprocessing` gives any image another pixel."""
+
+_DECIDING = ("frame", "hu_windows", "percentiles", "foreground", "colour", "crop", "side")
 
 ColourPolicy = Literal["keep", "grey", "colour"]
 Frame = Literal["first", "middle"]
@@ -138,3 +145,18 @@ PRESETS: Mapping[str, Preset] = {
     "phantom": PHANTOM,
 }
 """The presets by name; a new modality is one constant and one line."""
+
+
+def preprocessing_id(preset: Preset, size: int) -> str:
+    """Return 16 hex digits that stand for every pixel-deciding choice: preset fields, size and code version.
+
+    Examples:
+        >>> from common.presets import PRESETS
+        >>> preprocessing_id(PRESETS["generic"], 224) == preprocessing_id(PRESETS["generic"], 128)
+        False
+        >>> preprocessing_id(PRESETS["generic"], 224) == preprocessing_id(PRESETS["chest-xray"], 224)
+        True
+    """
+    choices: dict[str, Any] = {name: getattr(preset, name) for name in _DECIDING}
+    canonical = json.dumps({**choices, "size": size, "version": VERSION}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

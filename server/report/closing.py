@@ -1,4 +1,4 @@
-"""The closing table of a simulation, on standard output."""
+"""The closing table of a run, on standard output."""
 
 from __future__ import annotations
 

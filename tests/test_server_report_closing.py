@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from simulations.closing import show
+from server.report.closing import show
 
 
 def result(kind: str) -> dict[str, Any]:

@@ -1,0 +1,62 @@
+"""A site's two processes under one supervisor: the daemon, which owns the data, and the link, which owns the key."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from client.site_config import SiteConfig
+from common.errors import ConfigError
+from common.supervisor import Child, supervise
+
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+"""What keeps a dependency from calling home."""
+
+
+def logs(config: SiteConfig) -> Path:
+    """Return the folder of the supervisor: its state, its lock, and what its children write."""
+    return config.state / "up"
+
+
+def authority(config: SiteConfig) -> Path:
+    """Return the file of the coordinator's authority."""
+    return _beside(config, config.toml.coordinator.ca_certificate or "link/ca.pem")
+
+
+def private_key(config: SiteConfig) -> Path:
+    """Return the file of the site's private key."""
+    return _beside(config, config.toml.coordinator.private_key or "link/node.key")
+
+
+def link_folder(config: SiteConfig) -> Path:
+    """Return the folder of the link: that of its key."""
+    return private_key(config).parent
+
+
+def children(config: SiteConfig) -> tuple[Child, ...]:
+    """Return the processes of a site."""
+    return tuple(
+        Child(name, (sys.executable, "-P", "-m", f"client.{name}", str(config.path)), QUIET)
+        for name in ("daemon", "link")
+    )
+
+
+def up(config: SiteConfig, report: Callable[[str], None] | None = None) -> None:
+    """Run a site until SIGTERM or SIGINT.
+
+    Args:
+        config: the site.
+        report: told of every start and end of a process.
+
+    Raises:
+        ConfigError: the site has no state yet, or a process cannot run as it is configured.
+        ConsiliumError: the site is up already.
+    """
+    if not config.secret.exists():
+        raise ConfigError(f"{config.state}: no state of a site yet; run first: consilium site check {config.path}")
+    supervise(children(config), logs(config), report=report)
+
+
+def _beside(config: SiteConfig, path: str) -> Path:
+    return (config.path.parent / Path(path).expanduser()).resolve()

@@ -1,0 +1,146 @@
+"""What stands before Flower's application at each of the coordinator's two listeners.
+
+One application answers hospitals, runs and operators alike, and asks operators for nothing. So the inner listener
+wants a secret, and the public one lets through a closed list of routes, compared byte by byte with what came: no form
+of writing a path leads anywhere else. Of a stranger nothing is read but the head of the request and the few bytes of
+an activation, which Flower itself refuses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+from server.endpoints import OPERATOR_HEADER
+
+Scope = MutableMapping[str, Any]
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = Mapping[bytes, bytes]
+
+_FLEET = b"/v1/fleet/"
+ACTIVATE = _FLEET + b"activate-node"
+# All of Flower's but register-node and unregister-node: sites come and go by the coordinator's hand alone.
+FLEET_ROUTES = frozenset(
+    _FLEET + name
+    for name in (
+        b"activate-node",
+        b"confirm-message-received",
+        b"deactivate-node",
+        b"get-fab",
+        b"get-run",
+        b"pull-messages",
+        b"pull-object",
+        b"push-messages",
+        b"push-object",
+        b"send-node-heartbeat",
+    )
+)
+_INNER = ("/v1/control/", "/v1/runtime/")
+PUBLIC_BYTES = 8 * 2**20  # Flower cuts arrays into objects of 5 MiB
+OPERATOR_BYTES = 16 * 2**20  # a bundle may have 10 MB
+ACTIVATION_BYTES = 4096
+_BODY_SECONDS = 300.0  # 8 MiB at 250 kbit/s
+
+
+class OperatorGate:
+    """Let requests with the operator's secret reach the Control and the Runtime API."""
+
+    def __init__(self, app: App, secret: bytes) -> None:
+        self._app = app
+        self._secret = secret.hex().encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        headers = dict(scope["headers"])
+        if not hmac.compare_digest(headers.get(OPERATOR_HEADER.encode(), b""), self._secret):
+            await _refuse(send, 401)
+        elif not scope["path"].startswith(_INNER):
+            await _refuse(send, 404)
+        else:
+            await _pass_on(self._app, scope, receive, send, OPERATOR_BYTES)
+
+
+class FleetGate:
+    """Let a hospital's requests reach the Fleet API.
+
+    Args:
+        app: Flower's application.
+        is_site: whether headers are signed with the key of a registered site.
+    """
+
+    def __init__(self, app: App, is_site: Callable[[Headers], Awaitable[bool]]) -> None:
+        self._app = app
+        self._is_site = is_site
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        route = scope.get("raw_path")
+        if scope["method"] != "POST" or route not in FLEET_ROUTES or scope["query_string"]:
+            await _refuse(send, 404)
+        elif route == ACTIVATE:
+            await _pass_on(self._app, scope, receive, send, ACTIVATION_BYTES)
+        elif not await self._is_site(dict(scope["headers"])):
+            await _refuse(send, 401)
+        else:
+            await _pass_on(self._app, scope, receive, send, PUBLIC_BYTES)
+
+
+async def _pass_on(app: App, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
+    """Read a body of at most `limit` bytes, then let the application answer."""
+    status = _judge_length(dict(scope["headers"]), limit)
+    if status:
+        await _refuse(send, status)
+        return
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            body = await _read(receive)
+    except TimeoutError:
+        await _refuse(send, 408)
+        return
+    if body is None:
+        return
+    # Some of Flower's checks see the path as a URL made with this header, its router sees the path alone.
+    headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
+    await app({**scope, "headers": headers}, _replay(body, receive), send)
+
+
+def _judge_length(headers: Headers, limit: int) -> int:
+    """Return the status that refuses a body by its announced length, 0 for none; the server holds a peer to it."""
+    length = headers.get(b"content-length", b"")
+    if not length.isdigit() or b"transfer-encoding" in headers:  # which would overrule the length
+        return 411
+    return 413 if int(length) > limit else 0
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """Return the body, None where the peer went away."""
+    parts: list[bytes] = []
+    while True:
+        event = await receive()
+        if event["type"] != "http.request":
+            return None
+        parts.append(event.get("body", b""))
+        if not event.get("more_body", False):
+            return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    waiting = [body]
+
+    async def replay() -> Event:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return replay
+
+
+async def _refuse(send: Send, status: int) -> None:
+    headers = [(b"content-length", b"0"), (b"connection", b"close")]  # what follows of the request stays unread
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server import gates
+from server.endpoints import OPERATOR_HEADER
+from server.gates import ACTIVATE, ACTIVATION_BYTES, FLEET_ROUTES, OPERATOR_BYTES, PUBLIC_BYTES, FleetGate, OperatorGate
+
+SECRET = bytes(range(32))
+PULL = b"/v1/fleet/pull-messages"
+
+
+class Flower:
+    """Stands where the application is, and remembers what reached it."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[dict[str, Any], bytes]] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        event = await receive()
+        assert event["more_body"] is False
+        self.seen.append((scope, event["body"]))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"reached"})
+
+
+def ask(
+    gate: Any,
+    path: bytes,
+    *,
+    method: str = "POST",
+    query: bytes = b"",
+    headers: list[tuple[bytes, bytes]] | None = None,
+    body: tuple[bytes, ...] = (b"",),
+    gone: bool = False,
+) -> int | None:
+    """Return the status of an answer; None for no answer."""
+    length = [(b"content-length", str(sum(map(len, body))).encode())]
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path.decode("latin-1"),
+        "raw_path": path,
+        "query_string": query,
+        "headers": length if headers is None else headers,
+    }
+    events = [{"type": "http.request", "body": part, "more_body": at < len(body) - 1} for at, part in enumerate(body)]
+    if gone:
+        events = [*events[:-1], {"type": "http.disconnect"}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return events.pop(0) if events else await asyncio.Event().wait()
+
+    async def send(event: Any) -> None:
+        sent.append(event)
+
+    asyncio.run(gate(scope, receive, send))
+    if not sent:
+        return None
+    if sent[0]["status"] != 200:
+        assert (b"connection", b"close") in sent[0]["headers"] and sent[1]["body"] == b""
+    status: int = sent[0]["status"]
+    return status
+
+
+async def nobody(headers: Any) -> bool:
+    return False
+
+
+async def anybody(headers: Any) -> bool:
+    return True
+
+
+def test_exactly_the_fleet_routes_without_registration_pass() -> None:
+    from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+
+    offered = {path.encode() for _, path in PROTOBUF_REQUEST_TYPES if path.startswith("/v1/fleet/")}
+    assert offered - FLEET_ROUTES == {b"/v1/fleet/register-node", b"/v1/fleet/unregister-node"}
+    assert offered >= FLEET_ROUTES
+    for path in offered:
+        flower = Flower()
+        assert ask(FleetGate(flower, anybody), path) == (200 if path in FLEET_ROUTES else 404)
+        assert len(flower.seen) == (path in FLEET_ROUTES)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        b"/",
+        b"//v1/fleet/pull-messages",
+        b"/v1/fleet/",
+        b"/v1/fleet/pull-messages/",
+        b"/v1/fleet//pull-messages",
+        b"/v1/fleet/./pull-messages",
+        b"/v1/fleet/../control/list-nodes",
+        b"/v1/fleet/%2e%2e/control/list-nodes",
+        b"/v1/fleet/..%2fcontrol/list-nodes",
+        b"/v1/fleet/pull%2dmessages",
+        b"/v1/fleet/pull-messages;x",
+        b"/v1/fleet/pull-messages%00",
+        b"/v1/FLEET/pull-messages",
+        b"/V1/fleet/pull-messages",
+        b"http://x/v1/fleet/pull-messages",
+        b"/v1/control/list-nodes",
+        b"/v1/runtime/acquire-task",
+        b"/v1/responses",
+        b"/health",
+        b"/docs",
+        b"/openapi.json",
+        b"*",
+    ],
+)
+def test_no_other_way_of_writing_a_path_leads_anywhere(path: bytes) -> None:
+    flower = Flower()
+    assert ask(FleetGate(flower, anybody), path) == 404
+    assert not flower.seen
+
+
+@given(st.binary(max_size=60))
+def test_only_the_closed_list_passes(path: bytes) -> None:
+    flower = Flower()
+    status = ask(FleetGate(flower, anybody), path)
+    assert (status == 200) == (path in FLEET_ROUTES) == bool(flower.seen)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "OPTIONS", "CONNECT", "post"])
+def test_another_method_or_a_query_is_no_route(method: str) -> None:
+    flower = Flower()
+    assert ask(FleetGate(flower, anybody), PULL, method=method) == 404
+    assert ask(FleetGate(flower, anybody), PULL, query=b"a=1") == 404
+    assert not flower.seen
+
+
+def test_of_a_stranger_nothing_but_a_short_activation_is_read() -> None:
+    flower = Flower()
+    for path in FLEET_ROUTES - {ACTIVATE}:
+        assert ask(FleetGate(flower, nobody), path) == 401
+    assert not flower.seen
+    assert ask(FleetGate(flower, nobody), ACTIVATE, body=(b"x" * ACTIVATION_BYTES,)) == 200
+    assert ask(FleetGate(flower, nobody), ACTIVATE, body=(b"x" * (ACTIVATION_BYTES + 1),)) == 413
+    assert len(flower.seen) == 1
+
+
+def test_a_body_arrives_whole_and_without_the_host_that_a_peer_made_up() -> None:
+    flower = Flower()
+    headers = [(b"host", b"x/v1/control/list-nodes?"), (b"content-length", b"6"), (b"flwr-signature", b"s")]
+    assert ask(FleetGate(flower, anybody), PULL, headers=headers, body=(b"ab", b"", b"cdef")) == 200
+    scope, body = flower.seen[0]
+    assert body == b"abcdef"
+    assert scope["headers"] == headers[1:]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([], 411),
+        ([(b"content-length", b"-1")], 411),
+        ([(b"content-length", b"1e3")], 411),
+        ([(b"content-length", b"10"), (b"transfer-encoding", b"chunked")], 411),
+        ([(b"content-length", str(PUBLIC_BYTES + 1).encode())], 413),
+    ],
+)
+def test_a_body_of_no_length_or_too_long_is_not_read(headers: list[tuple[bytes, bytes]], status: int) -> None:
+    flower = Flower()
+    assert ask(FleetGate(flower, anybody), PULL, headers=headers) == status
+    assert not flower.seen
+
+
+def test_a_peer_that_goes_away_gets_no_answer() -> None:
+    flower = Flower()
+    assert ask(FleetGate(flower, anybody), PULL, body=(b"a", b"b"), gone=True) is None
+    assert not flower.seen
+
+
+def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "_BODY_SECONDS", 0.05)
+    flower = Flower()
+    assert ask(FleetGate(flower, anybody), PULL, headers=[(b"content-length", b"5")], body=()) == 408
+    assert not flower.seen
+
+
+@pytest.mark.parametrize(
+    "given_secret",
+    [
+        None,
+        b"",
+        SECRET,
+        SECRET.hex().encode()[:-1],
+        SECRET.hex().encode() + b"0",
+        SECRET.hex().upper().encode(),
+        b"\xff",
+    ],
+)
+def test_without_the_secret_nothing_reaches_flower(given_secret: bytes | None) -> None:
+    flower = Flower()
+    headers = [(b"content-length", b"0")]
+    if given_secret is not None:
+        headers.append((OPERATOR_HEADER.encode(), given_secret))
+    for path in (b"/v1/control/list-nodes", b"/v1/runtime/acquire-task", b"/docs", b"/health"):
+        assert ask(OperatorGate(flower, SECRET), path, headers=headers) == 401
+    assert not flower.seen
+
+
+def test_the_secret_opens_control_and_runtime_and_no_more() -> None:
+    flower = Flower()
+    gate = OperatorGate(flower, SECRET)
+
+    def status(path: bytes, length: int = 0) -> int | None:
+        secret = (OPERATOR_HEADER.encode(), SECRET.hex().encode())
+        return ask(gate, path, headers=[(b"content-length", str(length).encode()), secret])
+
+    assert status(b"/v1/control/list-nodes") == status(b"/v1/runtime/acquire-task") == 200
+    for path in (b"/docs", b"/openapi.json", b"/health", b"/v1/responses", PULL, b"/v1/fleet/register-node"):
+        assert status(path) == 404
+    assert status(b"/v1/control/start-run", OPERATOR_BYTES + 1) == 413
+    assert len(flower.seen) == 2
