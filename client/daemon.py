@@ -14,7 +14,6 @@ Nothing is answered later than `PATIENCE_S` after its work could have begun: wha
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -40,6 +39,7 @@ from client.hospital import Hospital, OpenCohort
 from client.relay import KIND, LIMITS, PATIENCE_S, PROTOCOL, SERVICE, address, hello
 from client.site_config import SOCKET_BYTES, SiteConfig, read_site
 from common.errors import ConfigError, ConsiliumError, SiteRefusal, UsageError
+from common.locks import exclusive
 from common.messages import (
     REQUEST_OF,
     Collect,
@@ -209,15 +209,12 @@ def serve(config: SiteConfig, open_cohort: OpenCohort | None = None) -> bool:
 @contextmanager
 def _only_one(config: SiteConfig) -> Iterator[None]:
     """Hold the site's state: two daemons would spend one memory in two runs."""
-    handle = os.open(config.state / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{config.state}: another daemon serves this site; stop that one first") from None
+            stack.enter_context(exclusive(config.state / "daemon.lock", f"a daemon of site {config.name}"))
+        except ConsiliumError as error:
+            raise UsageError(str(error)) from None
         yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from client import audit, erasure, examination, intake
+from client import audit, erasure, examination, intake, policy
 from client.cohort import SPLITS, Cohort
 from client.desk import Progress
 from client.memory import Memory
@@ -95,6 +95,7 @@ class Hospital:
         self._examined = 0
         self._members: Cohort | None = None  # whoever is in the run: nobody may join them later
         self._fewer = False  # the cohort is what is left of its members
+        self._allowed = ""  # fingerprint of the run that the policy has been asked about
         self._code = ""
         self._device = ""
         self._refused: tuple[str, float] | None = None
@@ -168,8 +169,19 @@ class Hospital:
         held = self._tenancy.tenure
         if held is None or held.fingerprint != fingerprint:
             raise SiteRefusal("unknown_run")
+        self._allow(fingerprint)
         self._tenancy.hear(fingerprint, getattr(request, "round", None))
         return self._at_work(progress, lambda site: site.handle(request))
+
+    def _allow(self, fingerprint: str) -> None:
+        """Refuse to go on in a run that is in the site's memory, if the policy was changed since."""
+        if self._allowed != fingerprint:
+            try:
+                run = RunConfig.from_toml(self._memory.run() or "")
+            except ConfigError:
+                raise SiteRefusal("unknown_run") from None
+            _check_policy(self._config, run)
+            self._allowed = fingerprint
 
     def _describe(self, request: Describe, progress: Progress) -> Reply:
         if _release(request.version) != _release(importlib.metadata.version("consilium")):
@@ -178,7 +190,7 @@ class Hospital:
             run = RunConfig.from_toml(request.run)
         except ConfigError:
             raise SiteRefusal("malformed") from None
-        check_policy(self._config, run)
+        _check_policy(self._config, run)
         fingerprint, held = run.fingerprint(), self._tenancy.tenure
         if not self._tenancy.is_free(fingerprint, request.ended):
             raise SiteRefusal("busy")
@@ -188,6 +200,7 @@ class Hospital:
         if held is not None and held.fingerprint != fingerprint:
             self._end(held.fingerprint)
         self._tenancy.begin(fingerprint, run.task.name, run.sites.deadline_s)
+        self._allowed = fingerprint
         if held is None or held.fingerprint != fingerprint:
             audit.append(self._config.audit, "run", {"fingerprint": fingerprint, "described": 1})
             _log.info("in run %s", fingerprint[:12])
@@ -285,12 +298,13 @@ class Hospital:
             self._told = (kind, known)
 
 
-def check_policy(config: SiteConfig, run: RunConfig) -> None:
-    """Refuse a run that the hospital's own policy does not allow.
-
-    Raises:
-        SiteRefusal: `policy`.
-    """
+def _check_policy(config: SiteConfig, run: RunConfig) -> None:
+    """Refuse a run that the hospital's own policy does not allow, and say in the site's own log why."""
+    try:
+        policy.check(config.toml.policy, run)
+    except policy.PolicyRefusal as error:
+        _log.warning("a run was refused: %s", error.reason)
+        raise
 
 
 def _release(version: str) -> str:

@@ -238,6 +238,23 @@ def test_two_runs_at_once(conversation: list[Request], other: Describe, tmp_path
         assert link.refused(describe) == "busy"
 
 
+def test_a_run_outside_of_the_policy(
+    conversation: list[Request], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = founded(tmp_path / "s")
+    with running(config) as (_, link):
+        for request in conversation[:5]:
+            link.ask(request)
+    text = (tmp_path / "s" / "site.toml").read_text()
+    (tmp_path / "s" / "site.toml").write_text(text + "[policy]\nmax_rounds = 2\n")
+    with running(read_site(tmp_path / "s" / "site.toml")) as (_, link):  # changed in the middle of a run
+        assert link.refused(conversation[5]) == "policy"
+        assert link.refused(conversation[0]) == "policy"
+        link.ask(conversation[7])
+        assert link.relay.status()["run"] is None
+    assert "max_rounds" in caplog.text
+
+
 def test_a_silent_run_is_let_go(conversation: list[Request], other: Describe, tmp_path: Path) -> None:
     config = founded(tmp_path / "s")
     describe = conversation[0]
@@ -369,7 +386,7 @@ def test_a_socket_in_use_and_a_stale_one(tmp_path: Path) -> None:
     config = founded(tmp_path / "s")
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(config.socket))
-    with running(config), pytest.raises(UsageError, match="another daemon serves this site"):
+    with running(config), pytest.raises(UsageError, match="a daemon of site north runs already, as process [0-9]+"):
         Daemon(config, lambda _: noise())
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(config.socket))
@@ -580,7 +597,7 @@ def test_a_process_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
         with process(site) as second:
             out, err = second.communicate(timeout=60)
             assert (second.returncode, out, err.count("\n")) == (2, "", 1)
-            assert "another daemon serves this site" in err
+            assert f"runs already, as process {first.pid}" in err
         first.send_signal(signal.SIGTERM)
         assert first.wait(30) == 0
     (tmp_path / "s" / "site.toml").write_text("[site]\nname = 3\n")
