@@ -24,6 +24,9 @@ from common.errors import CacheError
 from common.files import write_atomic
 from common.presets import PRESETS
 
+MEMBERS = "members"
+"""The file in the cache folder of the digests of images that are in a run; deleted with any of them."""
+
 _MARK = "erased"
 _NO_IMAGE = bytes(32)
 _PART = 1024  # images whose keys of features are made at a time
@@ -85,8 +88,12 @@ def mark(cache: Path) -> bytes:
 
 
 def _renew_mark(cache: Path) -> None:
-    """Change the mark before the first row is deleted, so that a crash in between costs no more than a second look."""
+    """Change the mark before the first row is deleted, so that a crash in between costs no more than a second look.
+
+    Who is in a run is no longer known then; the daemon, if there is one, writes down who is left.
+    """
     try:
+        (cache / MEMBERS).unlink(missing_ok=True)
         write_atomic(cache / _MARK, os.urandom(16), mode=0o600)
     except OSError as error:
         raise CacheError(f"the cache folder {cache} cannot be written ({error.strerror})") from None

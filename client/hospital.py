@@ -7,7 +7,7 @@ So every request holds the site's lock (`client.examination.alone`) as long as i
 requests anybody may have it, and a pass over the images lets others go first whenever it has written a part. A patient
 who is taken out is on the opt-out list before anything of theirs is deleted. Whenever that list has changed, or rows
 were deleted (`client.erasure.mark`), work that is under way ends at its next part, and cohort, model and caches are
-opened anew: in a run, with those examples that are left of it and no others.
+opened anew: in a run, also after a restart, with those examples that are left of it and no others.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from client import audit, erasure, examination, intake, policy
 from client.cohort import SPLITS, Cohort
@@ -33,6 +34,7 @@ from client.memory import Memory
 from client.site_config import SiteConfig
 from client.tenancy import Tenancy, Tenure
 from common.errors import ConfigError, ConsiliumError, SiteRefusal
+from common.files import write_atomic
 from common.messages import (
     KINDS,
     REFUSALS,
@@ -93,7 +95,7 @@ class Hospital:
         self._site: Site | None = None
         self._marks: _Marks | None = None  # when the cohort was opened
         self._examined = 0
-        self._members: Cohort | None = None  # whoever is in the run: nobody may join them later
+        self._members: NDArray[np.uint8] | None = None  # digests of who is in the run: nobody may join them later
         self._fewer = False  # the cohort is what is left of its members
         self._allowed = ""  # fingerprint of the run that the policy has been asked about
         self._code = ""
@@ -196,7 +198,7 @@ class Hospital:
             raise SiteRefusal("busy")
         if held is None or held.fingerprint != fingerprint:
             self._let_in()
-        reply = self._at_work(progress, lambda site: site.handle(request))
+        reply = self._at_work(progress, lambda site: self._described(site, request, fingerprint))
         if held is not None and held.fingerprint != fingerprint:
             self._end(held.fingerprint)
         self._tenancy.begin(fingerprint, run.task.name, run.sites.deadline_s)
@@ -204,6 +206,11 @@ class Hospital:
         if held is None or held.fingerprint != fingerprint:
             audit.append(self._config.audit, "run", {"fingerprint": fingerprint, "described": 1})
             _log.info("in run %s", fingerprint[:12])
+        return reply
+
+    def _described(self, site: Site, request: Describe, fingerprint: str) -> Reply:
+        reply = site.handle(request)
+        _write_members(self._config, fingerprint, site.cohort.digests)
         return reply
 
     def _end(self, fingerprint: str) -> None:
@@ -269,8 +276,16 @@ class Hospital:
 
         step("examining", 0, 0)
         cohort = self._source(step)
-        self._fewer = self._members is not None
-        self._members = cohort = _left(cohort, self._members) if self._members is not None else cohort
+        held = self._tenancy.tenure
+        members = self._members
+        if members is None and held is not None:
+            members = _read_members(self._config, held.fingerprint)
+        self._fewer = members is not None
+        if members is not None:
+            cohort = _left(cohort, members)
+        self._members = cohort.digests
+        if held is not None:
+            _write_members(self._config, held.fingerprint, cohort.digests)
         site = self._built(cohort)
         # Not before: opening the cohort finishes an erasure that was cut short, and has seen what that deletes.
         self._marks = (listed, erasure.mark(self._config.cache))
@@ -330,8 +345,25 @@ def _examined(config: SiteConfig) -> int:
         return 0
 
 
-def _left(cohort: Cohort, members: Cohort) -> Cohort:
+def _left(cohort: Cohort, members: NDArray[np.uint8]) -> Cohort:
     """Return the examples of a cohort that are among the members."""
-    held = set(map(bytes, members.digests))
-    indices: Any = np.flatnonzero([bytes(digest) in held for digest in cohort.digests])
+    known = set(map(bytes, members))
+    indices = np.flatnonzero([bytes(digest) in known for digest in cohort.digests])
     return replace(cohort.subset(indices), quarantine=cohort.quarantine)
+
+
+def _write_members(config: SiteConfig, fingerprint: str, digests: NDArray[np.uint8]) -> None:
+    """Keep who is in a run beside the caches, so that an erasure deletes it with them."""
+    content = bytes.fromhex(fingerprint) + digests.tobytes()
+    write_atomic(config.cache / erasure.MEMBERS, content, mode=0o600)
+
+
+def _read_members(config: SiteConfig, fingerprint: str) -> NDArray[np.uint8] | None:
+    """Return who is in a run; None if that is not known any more."""
+    try:
+        content = (config.cache / erasure.MEMBERS).read_bytes()
+    except FileNotFoundError:
+        return None
+    if content[:32].hex() != fingerprint or len(content) % 32:
+        return None
+    return np.frombuffer(content, np.uint8, offset=32).reshape(-1, 32)

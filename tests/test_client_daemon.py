@@ -24,7 +24,7 @@ import pytest
 import tomli_w
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from client import audit, features, founding, optout
+from client import audit, erasure, features, founding, optout
 from client.app import make_relay
 from client.cohort import Cohort
 from client.daemon import Daemon
@@ -427,6 +427,32 @@ def test_a_patient_who_is_taken_out_in_a_run_is_used_no_more(conversation: list[
         link.ask(conversation[7])
         link.ask(conversation[0])  # a new run has everybody
         assert sum(link.relay.status()["examples"].values()) == 27
+
+
+def test_nobody_joins_a_run_by_a_restart(conversation: list[Request], tmp_path: Path) -> None:
+    """Images that came in the night: the run goes on with those that it began with, and so do its bytes."""
+    config = founded(tmp_path / "s")
+    answers = []
+    for count in (24, 28):
+        with running(config, lambda _, count=count: noise(28).subset(np.arange(count))) as (_, link):
+            for request in conversation[:5] if count == 24 else ():
+                link.ask(request)
+            answers.append(to_bytes(link.record(conversation[5])))
+            assert sum(link.relay.status()["examples"].values()) == 24
+    assert answers[0] == answers[1]
+
+
+def test_rows_that_were_deleted_are_noticed(conversation: list[Request], tmp_path: Path) -> None:
+    config = founded(tmp_path / "s")
+    opened: list[int] = []
+    with running(config, lambda _: opened.append(1) or noise()) as (_, link):
+        for request in conversation[:6]:
+            link.ask(request)
+        assert len(opened) == 1
+        erasure._renew_mark(config.cache)
+        link.ask(conversation[6])
+        assert len(opened) == 2
+        assert (config.cache / erasure.MEMBERS).stat().st_size == 32 + 32 * sum(SIZES)
 
 
 def test_a_pass_ends_when_a_patient_is_taken_out(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -307,3 +309,40 @@ def test_other_presets_and_sizes_are_cleared_as_well(cards: Any) -> None:
 
 def test_nothing_there_to_erase(tmp_path: Path) -> None:
     assert erasure.erase(tmp_path / "cache", {b"p" * 16}, set()) == erasure.Erased(0, 0, 0)
+
+
+def test_whoever_has_the_caches_open_can_see_that_rows_were_deleted(cards: Any) -> None:
+    config = cards.site()
+    with_features(config)
+    members = config.cache / erasure.MEMBERS
+    members.write_bytes(b"digests")
+    before = erasure.mark(config.cache)
+    assert forget(config, "nobody")["images"] == 0
+    assert (erasure.mark(config.cache), members.exists()) == (before, True)
+    assert forget(config, "7")["images"] == 3
+    after = erasure.mark(config.cache)
+    assert (after != before, members.exists()) == (True, False)
+    intake.take_in(config, progress)
+    assert erasure.mark(config.cache) == after
+
+
+def test_whoever_waits_for_the_caches_goes_first_when_they_may(cards: Any) -> None:
+    config = cards.site()
+    order: list[str] = []
+
+    def other() -> None:
+        with examination.alone(config):
+            order.append("other")
+
+    waiting = threading.Thread(target=other)
+    with examination.alone(config) as give_way:
+        give_way()  # nobody waits
+        waiting.start()
+        time.sleep(0.05)
+        order.append("first")
+        deadline = time.monotonic() + 20
+        while "other" not in order and time.monotonic() < deadline:
+            give_way()
+        order.append("first again")
+    waiting.join()
+    assert order == ["first", "other", "first again"]
