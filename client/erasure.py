@@ -20,9 +20,9 @@ from client.augmentation import MOST_VIEWS, Augmentation, keys
 from client.catalogue import CHANNELS, VERSION
 from client.records import RECORD
 from client.rowstore import RowStore, open_as_bytes
-from common.presets import PRESETS
 from common.errors import CacheError
 from common.files import write_atomic
+from common.presets import PRESETS
 
 _MARK = "erased"
 _NO_IMAGE = bytes(32)
