@@ -161,6 +161,21 @@ def test_a_full_disk_leaves_nothing(
     assert join(site, invitation, tmp_path / "e.json").name == "st-anna"
 
 
+def test_who_comes_second_leaves_the_key_of_the_first(
+    site: Path, invite: Invite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = node_key.make_key
+
+    def beaten(path: Path) -> Any:
+        make(path)
+        return make(path)
+
+    monkeypatch.setattr("client.joining.node_key.make_key", beaten)
+    with pytest.raises(ConsiliumError, match="node.key: cannot be written .File exists"):
+        join(site, invite(), tmp_path / "e.json")
+    assert node_key.read_key(site.parent / "link" / "node.key")
+
+
 @pytest.mark.parametrize("step", ["write_atomic", "write_document", "_replace"])
 def test_after_a_crash_it_goes_on_with_the_same_key(
     step: str, site: Path, invite: Invite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
