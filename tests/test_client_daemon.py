@@ -24,7 +24,7 @@ import pytest
 import tomli_w
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from client import audit, features, founding, gate, optout
+from client import audit, features, founding, optout
 from client.app import make_relay
 from client.cohort import Cohort
 from client.daemon import Daemon
