@@ -341,7 +341,7 @@ def _join(path: Path, invitation: Path, output: Path | None, *, again: bool) -> 
 
 def _show_joined(values: dict[str, str]) -> None:
     click.echo(f"Send {_path(Path(values['enrolment']))} to the coordinator. Compare with it, by telephone say:")
-    click.echo(f"  this site's key          {values['key']}")
+    click.echo(f"  this site's key              {values['key']}")
     click.echo(f"  the coordinator's authority  {values['authority']}")
 
 

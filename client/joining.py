@@ -10,6 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -140,11 +141,13 @@ def _check_writable(target: Path) -> None:
 
 
 def _write(config: SiteConfig, offered: Invitation, filled: bytes | None, target: Path) -> Enrolment:
-    new = [path for path in (config.private_key, config.ca_certificate, target) if not os.path.lexists(path)]
-    made = _make_folder(config.link_folder)
-    try:
-        fresh = config.private_key in new
-        key = node_key.make_key(config.private_key) if fresh else node_key.read_key(config.private_key)
+    with ExitStack() as undo:
+        if _make_folder(config.link_folder):
+            undo.callback(_remove_empty, config.link_folder)
+        key = _key(config.private_key, undo)
+        for path in (config.ca_certificate, target):
+            if not os.path.lexists(path):
+                undo.callback(path.unlink, missing_ok=True)
         _make_folder(config.ca_certificate.parent)
         write_atomic(config.ca_certificate, offered.ca_certificate.encode("ascii"))
         for path in (config.private_key, config.ca_certificate):
@@ -153,13 +156,17 @@ def _write(config: SiteConfig, offered: Invitation, filled: bytes | None, target
         write_document(target, answer)
         if filled is not None:
             _replace(config.path, filled)
-    except BaseException:
-        for path in new:
-            path.unlink(missing_ok=True)
-        if made:
-            config.link_folder.rmdir()
-        raise
+        undo.pop_all()
     return answer
+
+
+def _key(path: Path, undo: ExitStack) -> node_key.PrivateKey:
+    """Return the key that is there, or a new one, which goes again if the rest fails: nobody has seen it."""
+    if os.path.lexists(path):
+        return node_key.read_key(path)
+    key = node_key.make_key(path)
+    undo.callback(path.unlink, missing_ok=True)
+    return key
 
 
 def _make_folder(folder: Path) -> bool:
@@ -169,6 +176,11 @@ def _make_folder(folder: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # another process has put something there
+        folder.rmdir()
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -51,7 +51,7 @@ def _place(value: str) -> str:
 Words = Annotated[tuple[str, ...], BeforeValidator(_words), Field(strict=False)]
 Place = Annotated[str, AfterValidator(_place)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
-Users = Annotated[tuple[str | int, ...], Field(strict=False)]
+Users = Annotated[tuple[str | Annotated[int, Field(ge=0, lt=2**32)], ...], Field(strict=False)]
 
 
 class SiteSection(Section):
@@ -262,12 +262,12 @@ class SiteConfig:
     @property
     def private_key(self) -> Path:
         """The site's private key in the federation."""
-        return self._resolved(self.toml.coordinator.private_key or "link/node.key")
+        return self._named(self.toml.coordinator.private_key or "link/node.key")
 
     @property
     def ca_certificate(self) -> Path:
         """The certificate of the authority that the coordinator's is signed by."""
-        return self._resolved(self.toml.coordinator.ca_certificate or "link/ca.pem")
+        return self._named(self.toml.coordinator.ca_certificate or "link/ca.pem")
 
     @property
     def link_folder(self) -> Path:
@@ -294,6 +294,11 @@ class SiteConfig:
             return user if isinstance(user, int) else pwd.getpwnam(user).pw_uid
         except (KeyError, ValueError):
             raise ConfigError(f"{self.path.name}: [site] peers: this machine knows no user {user!r}") from None
+
+    def _named(self, path: str) -> Path:
+        """Return a path in its true folder, but not what it leads to if it is a link: a key may not be one."""
+        place = self.path.parent / Path(path).expanduser()
+        return place.parent.resolve() / place.name
 
     def _resolved(self, path: str) -> Path:
         return (self.path.parent / Path(path).expanduser()).resolve()

@@ -7,6 +7,7 @@ Keys are EC P-256; certificates follow RFC 5280 as strict readers take it (OpenS
 from __future__ import annotations
 
 import ipaddress
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
@@ -32,6 +33,8 @@ CA_DAYS = 3652
 SERVER_DAYS = 398
 
 _SKEW = timedelta(days=1)  # the clock of a hospital may be behind
+# What a certificate of somebody else's may raise as it is read, besides ValueError.
+_ODD = (x509.ExtensionNotFound, x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType)
 _USAGES = (
     "digital_signature",
     "content_commitment",
@@ -53,7 +56,7 @@ class Described:
     hosts: tuple[str, ...]  # names and IP addresses it stands for
     starts: datetime
     expires: datetime
-    fingerprint: str  # SHA-256, as `openssl x509 -fingerprint -sha256` prints it
+    fingerprint: str
 
     def days_left(self, now: datetime | None = None) -> int:
         """Return the whole days until it expires; below zero once it has."""
@@ -130,7 +133,7 @@ def read_certificates(path: Path) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}), expected a certificate (PEM)") from None
-    except ValueError:
+    except (ValueError, *_ODD):
         raise ConfigError(f"{path}: not a certificate (PEM); bring it back from your backup") from None
 
 
@@ -141,8 +144,13 @@ def describe(certificate: x509.Certificate) -> Described:
         hosts=_hosts(certificate),
         starts=certificate.not_valid_before_utc,
         expires=certificate.not_valid_after_utc,
-        fingerprint=certificate.fingerprint(hashes.SHA256()).hex(":").upper(),
+        fingerprint=fingerprint(certificate),
     )
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """Return the SHA-256 of a certificate as `openssl x509 -fingerprint -sha256` prints it."""
+    return certificate.fingerprint(hashes.SHA256()).hex(":").upper()
 
 
 def check(ca: Path, certificate: Path, key: Path, host: str, now: datetime | None = None) -> tuple[str, ...]:
@@ -196,9 +204,11 @@ def parse_authority(text: str) -> x509.Certificate:
     """
     expected = "expected the certificate (PEM) of one authority"
     try:
-        (certificate,) = x509.load_pem_x509_certificates(text.encode("ascii"))
-        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what the next version of the library refuses is refused now
+            (certificate,) = x509.load_pem_x509_certificates(text.encode("ascii"))
+            constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+    except (ValueError, Warning, *_ODD):
         raise ValueError(expected) from None
     if not constraints.ca:
         raise ValueError(expected)
@@ -248,7 +258,7 @@ def _general(host: str) -> x509.GeneralName:
 def _hosts(certificate: x509.Certificate) -> tuple[str, ...]:
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except (ValueError, *_ODD):
         return ()
     return (*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress)))
 
@@ -272,7 +282,7 @@ def _chained(leaf: x509.Certificate, between: list[x509.Certificate], trusted: l
 def _signed(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(authority)
-    except Exception:  # noqa: BLE001  one class for each way in which it is not; the answer is the same
+    except (InvalidSignature, TypeError, UnsupportedAlgorithm, ValueError):
         return False
     return True
 

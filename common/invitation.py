@@ -30,7 +30,7 @@ LIMIT = 64 * 1024
 """Bytes of a document; neither is ever a tenth of that."""
 
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
-_KEY = re.compile(r"[a-z_]{1,40}")
+_KEY = re.compile(r"[a-z0-9_]{1,40}")
 _VERSION = re.compile(r"(\d{1,9})\.(\d{1,9})(?:[.a-z+-][0-9A-Za-z.+-]{0,40})?")
 
 
@@ -84,7 +84,7 @@ class Invitation(Section):
     @property
     def authority_fingerprint(self) -> str:
         """SHA-256 of the authority's certificate, to be compared by telephone."""
-        return certificates.describe(certificates.parse_authority(self.ca_certificate)).fingerprint
+        return certificates.fingerprint(certificates.parse_authority(self.ca_certificate))
 
     def expired(self, now: datetime | None = None) -> bool:
         """Return whether it is too late to answer."""
@@ -165,17 +165,25 @@ def read_json(path: Path, limit: int = LIMIT) -> dict[str, Any]:
         ConfigError: it cannot be read, is too large or no JSON object with plain keys.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise ConfigError(f"{path}: not a regular file, expected a JSON document")
-            content = file.read(limit + 1)
+        content = _content(path, limit)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no file has that name"
         raise ConfigError(f"{path}: cannot be read ({reason})") from None
     if len(content) > limit:
         raise ConfigError(f"{path}: larger than {limit // 1024} KiB, which no such document is")
     return _parse(content, path)
+
+
+def _content(path: Path, limit: int) -> bytes:
+    """Return the first bytes of a file, one more than it may have; a pipe or a device is not waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ConfigError(f"{path}: not a regular file, expected a JSON document")
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(limit + 1)
+    finally:
+        os.close(handle)
 
 
 def _parse(content: bytes, path: Path) -> dict[str, Any]:
@@ -195,7 +203,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         raise ValueError("a key occurs twice")
     if not all(_KEY.fullmatch(key) for key in values):
-        raise ValueError("a key of other characters than small letters")
+        raise ValueError("a key of other characters than a-z, 0-9 and _")
     return values
 
 

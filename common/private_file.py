@@ -47,9 +47,11 @@ def read_private(path: Path, what: str, remedy: str) -> bytes:
     except OSError as error:
         reason = "a symbolic link" if path.is_symlink() else error.strerror
         raise ConfigError(f"{path}: cannot be read ({reason}), expected {what}") from None
-    with os.fdopen(handle, "rb") as file:
-        _check(path, what, os.fstat(file.fileno()))
-        return file.read(_LIMIT)
+    try:
+        _check(path, what, os.fstat(handle))
+        return os.read(handle, _LIMIT)
+    finally:
+        os.close(handle)
 
 
 def _check(path: Path, what: str, found: os.stat_result) -> None:

@@ -141,7 +141,7 @@ class _Process:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,  # a group of its own: a terminal's Ctrl-C comes from here, in order
-                preexec_fn=_bound_to(os.getpid()),  # safe: there is no other thread, see above
+                preexec_fn=bound_to(os.getpid()),  # safe: there is no other thread, see above
             )
         except OSError as error:
             raise ConsiliumError(f"{self.child.argv[0]}: cannot be started ({error.strerror})") from None
@@ -315,7 +315,7 @@ class _Supervisor:
             write_json(self._path, {"pid": os.getpid(), "started": self._started, "children": children})
 
 
-def _bound_to(parent: int) -> Callable[[], None]:
+def bound_to(parent: int) -> Callable[[], None]:
     """Return what makes the kernel kill a new process when its parent ends, even if that happened already."""
 
     def bind() -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.cli import Group
+from server import run_cli
+from server.run_cli import as_json, server_option
 
 if TYPE_CHECKING:
     from server.enrolment import Enrolled
@@ -16,11 +18,6 @@ if TYPE_CHECKING:
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 _FILE = click.Path(path_type=Path)
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout.")
-server_option = click.option(
-    "--server", "path", type=_FILE, default="server.toml", metavar="FILE", help="The server.toml [./server.toml]."
-)
 
 
 @click.group(cls=Group, context_settings=_SETTINGS)
@@ -32,6 +29,8 @@ def server() -> None:
       consilium server init chest --address coordinator.example.org:9443
       consilium server invite st-anna --server chest/server.toml
       consilium server enrol st-anna.enrolment.json --server chest/server.toml
+      consilium server up --server chest/server.toml
+      consilium server run chest.toml --server chest/server.toml
     """  # noqa: D301  click wants the backspace itself
 
 
@@ -119,7 +118,9 @@ def enrol(document: Path, path: Path, replace: bool, as_json: bool) -> int:
     from server import enrolment
     from server.server_config import read_server
 
-    site = enrolment.enrol(read_server(path), document, replace)
+    config = read_server(path)
+    site = enrolment.enrol(config, document, replace)
+    _call_roll(config)
     if as_json:
         _print_json(_values(site))
     else:
@@ -174,7 +175,9 @@ def remove(name: str, path: Path, as_json: bool) -> int:
     from server import enrolment
     from server.server_config import read_server
 
-    site = enrolment.remove(read_server(path), name)
+    config = read_server(path)
+    site = enrolment.remove(config, name)
+    _call_roll(config)
     if as_json:
         _print_json(_values(site))
     else:
@@ -206,6 +209,17 @@ def renew(path: Path, as_json: bool) -> int:
     click.echo(f"{_shown(config.certificate)}: until {certificate['expires']}, {certificate['days_left']} days")
     click.echo("A server, or a proxy before it, that is running takes it up when it is started again.")
     return 0
+
+
+for command in (run_cli.up, run_cli.run, run_cli.status, run_cli.stop, run_cli.resume, run_cli.report):
+    server.add_command(command)
+
+
+def _call_roll(config: ServerConfig) -> None:
+    """Tell a SuperLink that is up whom to let in."""
+    from server import roll
+
+    roll.call(config)
 
 
 def _certificate(config: ServerConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from common.files import write_atomic
 from common.private_file import write_private
 from common.strict import parse_toml
 from server import tls
+from server.endpoints import SECRET_BYTES
 from server.server_config import NAME, ServerConfig, parse_server
 
 TEMPLATE = """\
@@ -45,7 +46,6 @@ TEMPLATE = """\
 """
 """Every key of `server.server_config`, explained."""
 
-_BYTES = 32  # of a secret
 _OPERATOR_PORT = 9444
 
 
@@ -137,7 +137,7 @@ def _fill(state: Path, name: str, address: Address) -> None:
     certificates.make_key(key)
     write_atomic(state / "server.pem", certificates.make_server(ca, ca_key, key, tls.hosts(address)))
     for secret in ("superexec.secret", "operator.secret"):
-        write_private(state / secret, secrets.token_hex(_BYTES).encode("ascii"))
+        write_private(state / secret, secrets.token_bytes(SECRET_BYTES))
 
 
 def _address(text: str, option: str) -> Address:

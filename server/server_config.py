@@ -16,6 +16,7 @@ from common.address import Address, AddressText, parse_address
 from common.errors import ConfigError
 from common.names import Name
 from common.strict import Section, read_toml, validated
+from server.endpoints import Endpoints
 
 NAME = "server.toml"
 """What the file is called when nothing else is said."""
@@ -163,6 +164,20 @@ class ServerConfig:
     def invitations(self) -> Path:
         """The invitations that nobody has answered yet."""
         return self.state / "invitations.json"
+
+    @property
+    def endpoints(self) -> Endpoints:
+        """What the SuperLink and whoever steers it must agree on."""
+        return Endpoints(
+            database=self.database,
+            superexec_secret=self.superexec_secret,
+            operator_secret=self.operator_secret,
+            certificate=self.certificate,
+            private_key=self.key,
+            listen=self.toml.network.listen,
+            operator_port=self.operator_port,
+            tls=not self.behind_proxy,
+        )
 
     def _resolved(self, path: str) -> Path:
         return (self.path.parent / Path(path).expanduser()).resolve()

@@ -42,8 +42,12 @@ _GRACE_SECONDS = 2
 _RENEWAL_SECONDS = 5.0
 
 
-def serve(endpoints: Endpoints) -> None:
+def serve(endpoints: Endpoints, ready: Callable[[], None] | None = None) -> None:
     """Answer requests until SIGTERM or SIGINT; for the main thread of a process of its own.
+
+    Args:
+        endpoints: where, and with what.
+        ready: called once, in a thread, as soon as requests are answered.
 
     Raises:
         ConfigError: a secret, the certificate or its key cannot be used.
@@ -56,14 +60,19 @@ def serve(endpoints: Endpoints) -> None:
         app = _application(endpoints.database, superexec)
         gates = (OperatorGate(app, operator), FleetGate(app, _site_check(app)))
         servers = (_server(gates[0], None), _server(gates[1], context))
-        asyncio.run(_run(app, servers, (inner, public), _renewal(endpoints, context)))
+        asyncio.run(_run(app, servers, (inner, public), _renewal(endpoints, context), ready))
+
+
+def prepare_process() -> None:
+    """Set what a process of its own needs: where its log goes, silence of dependencies, files for nobody else."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
+    os.environ.update(QUIET)
+    os.umask(0o077)
 
 
 def main() -> None:
     """Run the SuperLink of an endpoints file."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
-    os.environ.update(QUIET)
-    os.umask(0o077)
+    prepare_process()
     try:
         if len(sys.argv) != 2:
             raise ConfigError("expected one argument, the file of the endpoints that `consilium server up` writes")
@@ -192,7 +201,11 @@ def _server(gate: App, context: ssl.SSLContext | None) -> _Server:
 
 
 async def _run(
-    app: FastAPI, servers: tuple[_Server, _Server], sockets: tuple[socket.socket, socket.socket], renewal: Any
+    app: FastAPI,
+    servers: tuple[_Server, _Server],
+    sockets: tuple[socket.socket, socket.socket],
+    renewal: Any,
+    ready: Callable[[], None] | None,
 ) -> None:
     def stop() -> None:
         for server in servers:
@@ -203,6 +216,8 @@ async def _run(
         loop.add_signal_handler(number, stop)
     async with app.router.lifespan_context(app), asyncio.TaskGroup() as group:
         watch = group.create_task(renewal)
+        if ready is not None:
+            group.create_task(asyncio.to_thread(ready))
         await asyncio.gather(*(server.serve([sock]) for server, sock in zip(servers, sockets, strict=True)))
         watch.cancel()
 

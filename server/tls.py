@@ -67,10 +67,10 @@ def _warning(config: ServerConfig, server: Described, found: Sequence[str], now:
     renewal = "run `consilium server renew`" if config.own_authority else f"renew {config.certificate}"
     if found:
         return f"{found[0]}; {renewal}"
-    if server.days_left(now) < WARN_DAYS:
-        return f"{config.certificate}: expires in {server.days_left(now)} days; {renewal}"
     authorities = certificates.read_certificates(config.ca_certificate)
     left = min(certificates.describe(authority).days_left(now) for authority in authorities)
-    if left < WARN_DAYS:
+    if left < WARN_DAYS:  # a renewal would end with it
         return f"{config.ca_certificate}: expires in {left} days; every site has to be invited again by a new authority"
+    if server.days_left(now) < WARN_DAYS:
+        return f"{config.certificate}: expires in {server.days_left(now)} days; {renewal}"
     return ""

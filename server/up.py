@@ -9,9 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from common.supervisor import Child, supervise
-
 from common.errors import ConfigError, ConsiliumError
+from common.supervisor import Child, supervise
 from server import tls
 from server.endpoints import QUIET
 from server.server_config import ServerConfig, read_server
@@ -41,16 +40,30 @@ def up(config: ServerConfig, report: Callable[[str], None] | None = None) -> Non
             raise ConfigError(certificate.warning)
         if certificate.warning and report is not None:
             report(f"warning: {certificate.warning}")
-    place = config.state / "superlink.json"
-    config.endpoints.write(place)
-    superlink = Child("superlink", (sys.executable, "-P", "-m", "server.superlink", str(place)), QUIET)
+    argv = (sys.executable, "-P", "-m", "server.up", "superlink", str(config.path))
+    superlink = Child("superlink", argv, QUIET)
     supervise((superlink,), logs(config), report=report)
 
 
+def _up(config: ServerConfig) -> None:
+    up(config, lambda text: print(text, file=sys.stderr))  # noqa: T201
+
+
+def _superlink(config: ServerConfig) -> None:
+    from server import roll, superlink  # Flower takes a second, which the supervisor has no use for
+
+    superlink.prepare_process()
+    superlink.serve(config.endpoints, lambda: roll.at_start(config))
+
+
+_COMMANDS: dict[str, Callable[[ServerConfig], None]] = {"up": _up, "superlink": _superlink}
+
+
 def main(arguments: list[str]) -> int:
-    """Run the coordinator of a `server.toml`, and return the exit code."""
+    """Run one of the two, and return the exit code."""
+    command, path = arguments
     try:
-        up(read_server(Path(arguments[0])), lambda text: print(text, file=sys.stderr))  # noqa: T201
+        _COMMANDS[command](read_server(Path(path)))
     except ConsiliumError as error:
         print(f"consilium: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -115,16 +117,48 @@ def simulate(**options: Any) -> int:
     Exit code: 0 done, 1 failed, 2 wrong use, 3 completed in part.
     """  # noqa: D301  click wants the backspace itself
     _quiet_dependencies()
+    from simulations.runner import simulate as run
+
+    return _carried_out(options, run)
+
+
+def _rehearse(**options: Any) -> int:
+    """Run a federation of real processes on this machine, over TLS, with the options of `consilium simulate`.
+
+    \b
+    Example:
+      consilium rehearse --dataset pneumoniamnist.npz --image-size 128 --sites 3 --no-baselines
+
+    A coordinator and every hospital are founded, enrolled and started, the run is made, and everything is taken away
+    again. The same options give byte for byte the upper.safetensors of the simulation. Not for a rehearsal: --fault and
+    --backend ray. Exit code: 0 done, 1 failed, 2 wrong use, 3 completed in part.
+    """  # noqa: D301
+    _quiet_dependencies()
+    from simulations.rehearse import rehearse as run
+
+    return _carried_out(options, run)
+
+
+rehearse = click.Command(
+    "rehearse",
+    params=simulate.params,
+    callback=_rehearse,
+    help=cleandoc(_rehearse.__doc__ or ""),
+    context_settings=simulate.context_settings,
+)
+
+
+def _carried_out(options: dict[str, Any], run: Callable[[Any, Any], tuple[Path, dict[str, Any]]]) -> int:
+    """Run what the options describe, show its end, and return the exit code."""
     job = _job(options)
     from common.progress import Reporter
     from server.report import closing
-    from simulations import runner
 
     logging.getLogger("flwr").setLevel(logging.ERROR)  # Flower sets its level when it is imported
 
     try:
         with Reporter(quiet=options["quiet"]) as reporter:
-            folder, found = runner.simulate(job, reporter)
+            folder, found = run(job, reporter)
     except KeyboardInterrupt:
         raise click.exceptions.Abort from None
     if options["as_json"]:

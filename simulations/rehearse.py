@@ -20,22 +20,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.supervisor import bound_to
-from server.endpoints import QUIET
-from server.server_config import ServerConfig, read_server
-
 from client import founding as site_founding
 from client import joining
 from client.workshop import Workshop
 from common import model
 from common.errors import ConsiliumError, UsageError
+from common.invitation import write_document
+from common.supervisor import bound_to
 from server import enrolment
 from server import founding as server_founding
 from server import runs as server_runs
 from server.board import read as read_board
 from server.coordinator import Start
+from server.endpoints import QUIET
 from server.report import page
 from server.result import finish
+from server.server_config import ServerConfig, read_server
 from simulations import rehearsed
 from simulations.runner import Job, Progress, Scene, around_of, compare, continued, open_folder, set_scene
 
@@ -115,14 +115,14 @@ def _stage(scene: Scene, folder: Path, progress: Progress) -> Iterator[ServerCon
     try:
         with ExitStack() as stack:
             config = _coordinator(root)
-            stack.enter_context(_running("coordinator", ["server.up", str(config.path)], root))
+            stack.enter_context(_running("coordinator", ["server.up", "up", str(config.path)], root))
             total = len(scene.sites)
             progress("hospitals", 0, total)
             for done, site in enumerate(scene.sites, start=1):
                 path = _site(root, config, scene, site)
                 stack.enter_context(_running(site, ["simulations.rehearsed", "up", str(path)], root))
                 progress("hospitals", done, total)
-            _await_all(config, list(scene.sites), root, progress)
+            _await_all(config, list(scene.sites), progress)
             yield config
     except BaseException:
         _keep_logs(root, folder / "logs")
@@ -157,7 +157,7 @@ def _site(root: Path, config: ServerConfig, scene: Scene, name: str) -> Path:
         file.write(f'\n[compute]\ndevice = "{device}"\n')
     rehearsed.write(place, scene.sites[name])
     invitation, answer = place / "invitation.json", place / "enrolment.json"
-    enrolment.write_invitation(invitation, enrolment.invite(config, name))
+    write_document(invitation, enrolment.invite(config, name))
     joining.join(made.config, invitation, answer)
     enrolment.enrol(config, answer)
     return made.config
@@ -193,7 +193,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _await_all(config: ServerConfig, names: Sequence[str], root: Path, progress: Progress) -> None:
+def _await_all(config: ServerConfig, names: Sequence[str], progress: Progress) -> None:
     """Wait until every site is connected.
 
     Raises:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common.supervisor import supervise
 from numpy.typing import NDArray
 
 from client import daemon, up
 from client.cohort import Cohort
 from client.site_config import read_site
 from common.errors import ConsiliumError
+from common.supervisor import supervise
 
 _ARRAYS = ("digests", "labels", "splits", "patients")
 _FACTS, _PIXELS = "cohort.npz", "pixels.npy"
@@ -36,7 +36,7 @@ def write(folder: Path, cohort: Cohort) -> None:
         raise ValueError("a site without examples")
     one = cohort.pixels(np.zeros(1, np.int64))
     shape = (len(cohort), *one.shape[1:])
-    pixels: Any = np.lib.format.open_memmap(folder / _PIXELS, "w+", np.uint8, shape)  # type: ignore[no-untyped-call]
+    pixels: Any = np.lib.format.open_memmap(folder / _PIXELS, "w+", np.uint8, shape)
     for start in range(0, len(cohort), _CHUNK):
         indices = np.arange(start, min(start + _CHUNK, len(cohort)))
         pixels[indices] = cohort.pixels(indices)

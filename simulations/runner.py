@@ -190,6 +190,7 @@ def federate(start: Start, scene: Scene, workshop: Workshop, job: Job, cast: Cas
 def compare(
     scene: Scene, start: Start, workshop: Workshop, folder: Path, progress: Progress
 ) -> tuple[dict[str, Any] | None, float]:
+    """Return the baselines, if they were asked for, and the seconds that they took."""
     if not (scene.run.simulation and scene.run.simulation.baselines):
         return None, 0.0
     begin = time.monotonic()

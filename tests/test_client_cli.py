@@ -427,7 +427,7 @@ def test_nothing_of_a_path_or_a_table_gets_into_what_is_kept(
     ("arguments", "hint"),
     [
         (["chekc"], "check"),
-        (["xyz"], "Expected one of audit, check, forget, init, pull"),
+        (["xyz"], "Expected one of audit, check, forget, init, join, pull"),
         (["audit", "verfiy"], "verify"),
         (["check", "site.toml", "--fils"], "--files"),
         (["forget", "x.csv", "--stie", "x"], "--site"),

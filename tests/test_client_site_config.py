@@ -25,6 +25,7 @@ from client.site_config import (
     PolicySection,
     SiteSection,
     SiteToml,
+    read_any_site,
     read_site,
 )
 from common.errors import ConfigError, UsageError
@@ -262,3 +263,93 @@ def test_a_secret_of_another_kind_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)
     with pytest.raises(ConfigError, match="not a regular file"):
         read_secret(tmp_path / "pipe")
+
+
+JOINED = '[site]\nname = "a"\n[coordinator]\naddress = "fl.example.org:9443"\n'
+
+
+def test_a_site_knows_its_coordinator(tmp_path: Path) -> None:
+    found = read_any_site(written(tmp_path, JOINED)).coordinator()
+    assert (str(found.address), found.proxy) == ("fl.example.org:9443", None)
+    assert (found.private_key, found.ca_certificate) == (tmp_path / "link/node.key", tmp_path / "link/ca.pem")
+    text = f'{JOINED}private_key = "/k/node.key"\nca_certificate = "/c/ca.pem"\nproxy = "http://proxy:3128/"\n'
+    config = read_any_site(written(tmp_path, text))
+    assert config.coordinator().proxy == "http://proxy:3128"
+    assert (config.link_folder, config.ca_certificate) == (Path("/k"), Path("/c/ca.pem"))
+
+
+def test_a_site_that_has_not_joined_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\[coordinator\] address: missing - run `consilium site join`"):
+        read_any_site(written(tmp_path, '[site]\nname = "a"')).coordinator()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("address", "fl.example.org", "expected host:port"),
+        ("address", "https://fl.example.org:1", "expected host:port"),
+        ("proxy", "proxy:3128", "expected http://host:port"),
+        ("proxy", "https://proxy:3128", "expected http://host:port"),
+        ("proxy", "http://user:word@proxy:3128", "expected http://host:port"),
+        ("proxy", "http://proxy", "expected host:port"),
+        ("proxy", "http://proxy:3128/path", "expected http://host:port"),
+        ("private_key", "~nobody-of-that-name/x", "leads nowhere"),
+    ],
+)
+def test_a_coordinator_that_cannot_be(key: str, value: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"\[coordinator\] {key}: .*{message}"):
+        read_any_site(written(tmp_path, f'[site]\nname = "a"\n[coordinator]\n{key} = "{value}"'))
+
+
+def test_the_path_of_a_socket_is_short(tmp_path: Path) -> None:
+    text = '[site]\nname = "a"\n'
+    assert read_any_site(written(tmp_path, text)).socket == tmp_path / "state/daemon.sock"
+    longest = "/" + "s" * 106
+    assert read_any_site(written(tmp_path, f'{text}socket = "{longest}"')).socket == Path(longest)
+    for socket in (longest + "s", "/" + "ä" * 54):
+        config = read_any_site(written(tmp_path, f'{text}socket = "{socket}"'))
+        with pytest.raises(ConfigError, match=r"\[site\] socket: .* has 10[89] bytes, a socket's path at most 107"):
+            _ = config.socket
+    deep = read_any_site(written(tmp_path, f'{text}state = "/{"d" * 100}"'))
+    with pytest.raises(ConfigError, match=r"\[site\] socket: .*daemon.sock has"):
+        _ = deep.socket
+
+
+def test_peers_are_users_of_this_machine(tmp_path: Path) -> None:
+    text = '[site]\nname = "a"\npeers = '
+    assert read_any_site(written(tmp_path, text + '["root", 1234]')).peers == {0, 1234}
+    assert read_any_site(written(tmp_path, '[site]\nname = "a"')).peers == frozenset()
+    with pytest.raises(ConfigError, match=r"\[site\] peers: this machine knows no user 'nobody-of-that-name'"):
+        _ = read_any_site(written(tmp_path, text + '["nobody-of-that-name"]')).peers
+    for wrong in ("[true]", "[1.5]", '"root"', "[-1]", '[""]', '["a\\u0000b"]'):
+        with pytest.raises(ConfigError, match="peers"):
+            _ = read_any_site(written(tmp_path, text + wrong)).peers
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ('strategies = ["fedprocks"]', r"\[policy\] strategies: got 'fedprocks', expected some of fedavg"),
+        ("max_rounds = 0", r"\[policy\] max_rounds: got 0"),
+        ("tasks = 3", r"\[policy\] tasks"),
+    ],
+)
+def test_a_policy_that_cannot_be(policy: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_any_site(written(tmp_path, f'[site]\nname = "a"\n[policy]\n{policy}'))
+
+
+def test_the_example_is_valid() -> None:
+    config = read_site(Path(__file__).parent.parent / "deploy" / "site.toml")
+    assert config.socket == Path("/run/consilium/site.sock")
+    assert config.link_folder == Path("/var/lib/consilium-link")
+    assert config.coordinator().ca_certificate == Path("/var/lib/consilium-link/ca.pem")
+    assert config.toml.site.peers == ("consilium-link",)
+
+
+def test_what_is_shown_of_a_value_is_short_and_one_line(tmp_path: Path) -> None:
+    for text in (f"[site]\nname = [{'1, ' * 9000}]", f'[site]\nname = "a"\n"k\\n{"x" * 9000}" = 1'):
+        with pytest.raises(ConfigError) as raised:
+            read_any_site(written(tmp_path, text))
+        assert len(str(raised.value)) < 400
+        assert "\n" not in str(raised.value)

@@ -1,0 +1,250 @@
+"""`consilium server up, run, status, stop, resume, report`: what a coordinator does with its federation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from server.server_config import ServerConfig
+
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+_FILE = click.Path(path_type=Path)
+_PARTIAL = 3  # exit code: completed in part
+_CODES = {"completed": 0, "completed_partial": _PARTIAL}
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout.")
+quiet = click.option("--quiet", is_flag=True, help="No progress.")
+server_option = click.option(
+    "--server", "path", type=_FILE, default="server.toml", metavar="FILE", help="The server.toml [./server.toml]."
+)
+
+
+@click.command(context_settings=_SETTINGS)
+@server_option
+@quiet
+def up(path: Path, quiet: bool) -> int:
+    """Run the coordinator: hospitals can connect, and runs can be started, until Ctrl-C or SIGTERM.
+
+    \b
+    Example:
+      consilium server up --server chest/server.toml
+
+    Exit code: 0 ended, 1 failed (a port is in use, or it is up already), 2 wrong configuration.
+    """  # noqa: D301
+    from server import up as process
+    from server.server_config import read_server
+
+    config = read_server(path)
+    if not quiet:
+        click.echo(f"coordinator {config.name}: hospitals reach it at {config.address}; Ctrl-C ends it", err=True)
+    process.up(config, None if quiet else lambda text: click.echo(text, err=True))
+    return 0
+
+
+@click.command(context_settings=_SETTINGS)
+@click.argument("plan", metavar="RUN.toml", type=_FILE)
+@server_option
+@click.option("--output", type=_FILE, metavar="DIR", help="The run's folder [runs/<task>-<strategy>-<k>].")
+@click.option("--detach", is_flag=True, help="Start the run and return; see it with `consilium server status`.")
+@as_json
+@quiet
+def run(plan: Path, path: Path, output: Path | None, detach: bool, as_json: bool, quiet: bool) -> int:
+    """Run what RUN.toml asks for over the enrolled hospitals, and show where it is.
+
+    \b
+    Example:
+      consilium server run chest.toml --server chest/server.toml
+
+    Ctrl-C stops looking on; the run goes on (`consilium server stop` ends it).
+    Exit code: 0 done, 1 failed, 2 wrong use, 3 completed in part.
+    """  # noqa: D301
+    from server import runs
+    from server.plan import settled
+    from server.server_config import read_server
+
+    config = read_server(path)
+    _require_up(config)
+    asked, task = runs.plan_of(plan, config)
+    found = settled(asked, task, asked.sites.names, "generic")
+    folder = runs.make_folder(config, found.run, output)
+    runs.launch(config, folder)
+    return _looked_on(folder, detach, as_json, quiet)
+
+
+@click.command(context_settings=_SETTINGS)
+@click.argument("folder", metavar="[DIR]", type=_FILE, required=False)
+@server_option
+@click.option("--detach", is_flag=True, help="Start the engine and return.")
+@as_json
+@quiet
+def resume(folder: Path | None, path: Path, detach: bool, as_json: bool, quiet: bool) -> int:
+    """Go on with a run that was interrupted, stopped or failed: the latest one, or that of a folder.
+
+    \b
+    Example:
+      consilium server resume --server chest/server.toml
+
+    It ends with the same bytes as if nothing had happened, if the same sites contribute.
+    Exit code: 0 done, 1 failed, 2 there is nothing to resume, 3 completed in part.
+    """  # noqa: D301
+    from server import runs
+    from server.server_config import read_server
+
+    config = read_server(path)
+    known = runs.named(config, folder, resumable=True)
+    if known.status != "running":
+        _require_up(config)
+        runs.launch(config, known.folder)
+    return _looked_on(known.folder, detach, as_json, quiet)
+
+
+@click.command(context_settings=_SETTINGS)
+@server_option
+@as_json
+def stop(path: Path, as_json: bool) -> int:
+    """End the run that is going on; its sites are told, and `consilium server resume` can go on with it.
+
+    \b
+    Example:
+      consilium server stop --server chest/server.toml
+
+    Exit code: 0 ended, 1 failed, 2 no run is going on.
+    """  # noqa: D301
+    from common.errors import UsageError
+    from server import runs
+    from server.server_config import read_server
+
+    found = runs.active(read_server(path))
+    if found is None:
+        raise UsageError("no run is going on; see `consilium server status`")
+    runs.stop(found)
+    if as_json:
+        _print_json({"folder": str(found.folder), "status": "stopped"})
+    else:
+        click.echo(f"{found.folder}: stopped; `consilium server resume` goes on with it")
+    return 0
+
+
+@click.command(context_settings=_SETTINGS)
+@server_option
+@as_json
+def status(path: Path, as_json: bool) -> int:
+    """Show who is connected, where the run is, and what needs attention.
+
+    \b
+    Example:
+      consilium server status --server chest/server.toml
+
+    Exit code: 0 all is well, 1 the coordinator is not up or something needs attention, 2 wrong configuration.
+    """  # noqa: D301
+    from server import status as facts
+    from server.server_config import read_server
+
+    found = facts.status(read_server(path))
+    if as_json:
+        _print_json(found)
+    else:
+        facts.show(found)
+    return 0 if found["up"] and not found["warnings"] else 1
+
+
+@click.command(context_settings=_SETTINGS)
+@click.argument("folder", metavar="[DIR]", type=_FILE, required=False)
+@server_option
+@as_json
+def report(folder: Path | None, path: Path, as_json: bool) -> int:
+    """Write the report of a run anew from its result, and show its closing table.
+
+    \b
+    Example:
+      consilium server report chest/runs/chest-fedavg-1
+
+    Exit code: 0 done, 2 there is no result yet.
+    """  # noqa: D301
+    from common.errors import UsageError
+    from server import runs
+    from server.report import closing, page
+    from server.server_config import read_server
+
+    place = folder or runs.named(read_server(path), None, resumable=False).folder
+    try:
+        found: dict[str, Any] = json.loads((place / "result.json").read_bytes())
+    except (OSError, ValueError):
+        raise UsageError(f"{place}: holds no result.json of a run that has ended") from None
+    page.write(found, place / "report.html")
+    _show_end(place, found, as_json, closing.show)
+    return 0
+
+
+def _require_up(config: ServerConfig) -> None:
+    """Check that the SuperLink answers.
+
+    Raises:
+        ConsiliumError: it does not.
+    """
+    from common.errors import ConsiliumError
+    from server.control import Control
+
+    with Control(config.endpoints) as control:
+        if not control.is_up():
+            raise ConsiliumError(
+                f"the coordinator is not up (nothing answers at 127.0.0.1:{config.operator_port}); "
+                f"start it with `consilium server up --server {config.path}`"
+            )
+
+
+def _looked_on(folder: Path, detach: bool, as_json: bool, quiet: bool) -> int:
+    """Show a run until its end, and return the exit code."""
+    if detach:
+        if as_json:
+            _print_json({"folder": str(folder), "status": "running"})
+        else:
+            click.echo(f"{folder}: started; see `consilium server status`")
+        return 0
+    from common.errors import ConsiliumError
+    from common.progress import Reporter
+    from server import runs
+    from server.report import closing
+
+    try:
+        with Reporter(quiet=quiet) as reporter:
+            ended = runs.follow(folder, lambda facts: _show_phase(facts, reporter))
+    except KeyboardInterrupt:
+        click.echo(f"\n{folder}: goes on; see `consilium server status`, end it with `consilium server stop`", err=True)
+        return 0
+    if ended not in runs.ENDED:
+        raise ConsiliumError(_why(folder, ended))
+    found: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
+    _show_end(folder, found, as_json, closing.show)
+    return _CODES[ended]
+
+
+def _why(folder: Path, ended: str) -> str:
+    from server import board
+
+    error = (board.read(folder) or {}).get("error")
+    hint = "" if ended == "stopped" else "; `consilium server resume` goes on with it"
+    return f"{error}{hint}" if error else f"{folder}: the run was {ended}{hint}"
+
+
+def _show_phase(facts: Mapping[str, Any], reporter: Any) -> None:
+    if facts.get("phase") not in (None, "starting", "ended"):
+        reporter(facts["phase"], facts["done"], facts["total"])
+
+
+def _show_end(folder: Path, found: dict[str, Any], as_json: bool, show: Any) -> None:
+    if as_json:
+        _print_json(found)
+    elif found["test"] is None:
+        click.echo(f"{found['status']}: {found.get('error', '')}\nreport: {folder / 'report.html'}")
+    else:
+        show(found, folder)
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(value, allow_nan=False))
