@@ -197,10 +197,9 @@ class Hospital:
         if not self._tenancy.is_free(fingerprint, request.ended):
             raise SiteRefusal("busy")
         if held is None or held.fingerprint != fingerprint:
+            self._end(held.fingerprint if held else "")
             self._let_in()
         reply = self._at_work(progress, lambda site: self._described(site, request, fingerprint))
-        if held is not None and held.fingerprint != fingerprint:
-            self._end(held.fingerprint)
         self._tenancy.begin(fingerprint, run.task.name, run.sites.deadline_s)
         self._allowed = fingerprint
         if held is None or held.fingerprint != fingerprint:

@@ -442,6 +442,21 @@ def test_nobody_joins_a_run_by_a_restart(conversation: list[Request], tmp_path: 
     assert answers[0] == answers[1]
 
 
+def test_a_run_that_takes_the_place_of_another_has_everybody(
+    conversation: list[Request], other: Describe, tmp_path: Path
+) -> None:
+    config = founded(tmp_path / "s")
+    finish = conversation[7]
+    assert isinstance(finish, Finish)
+    for count in (24, 28):
+        with running(config, lambda _, count=count: noise(28).subset(np.arange(count))) as (_, link):
+            if count == 24:
+                link.ask(conversation[0])
+            else:
+                link.ask(replace(other, ended=finish.fingerprint))
+            assert sum(link.relay.status()["examples"].values()) == count
+
+
 def test_rows_that_were_deleted_are_noticed(conversation: list[Request], tmp_path: Path) -> None:
     config = founded(tmp_path / "s")
     opened: list[int] = []
