@@ -24,6 +24,7 @@ Headers = Mapping[bytes, bytes]
 
 _FLEET = b"/v1/fleet/"
 ACTIVATE = _FLEET + b"activate-node"
+PUSH = _FLEET + b"push-messages"
 # All of Flower's but register-node and unregister-node: sites come and go by the coordinator's hand alone.
 FLEET_ROUTES = frozenset(
     _FLEET + name
@@ -71,11 +72,16 @@ class FleetGate:
     Args:
         app: Flower's application.
         is_site: whether headers are signed with the key of a registered site.
+        is_own: whether the replies in a body bear the name of the site that says it sends them; Flower checks that
+            name against the key, and the replies against neither.
     """
 
-    def __init__(self, app: App, is_site: Callable[[Headers], Awaitable[bool]]) -> None:
+    def __init__(
+        self, app: App, is_site: Callable[[Headers], Awaitable[bool]], is_own: Callable[[bytes], bool]
+    ) -> None:
         self._app = app
         self._is_site = is_site
+        self._is_own = is_own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -87,10 +93,17 @@ class FleetGate:
         elif not await self._is_site(dict(scope["headers"])):
             await _refuse(send, 401)
         else:
-            await _pass_on(self._app, scope, receive, send, PUBLIC_BYTES)
+            check = self._is_own if route == PUSH else _anything
+            await _pass_on(self._app, scope, receive, send, PUBLIC_BYTES, check)
 
 
-async def _pass_on(app: App, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
+def _anything(body: bytes) -> bool:  # noqa: ARG001
+    return True
+
+
+async def _pass_on(
+    app: App, scope: Scope, receive: Receive, send: Send, limit: int, check: Callable[[bytes], bool] = _anything
+) -> None:
     """Read a body of at most `limit` bytes, then let the application answer."""
     status = _judge_length(dict(scope["headers"]), limit)
     if status:
@@ -103,6 +116,9 @@ async def _pass_on(app: App, scope: Scope, receive: Receive, send: Send, limit: 
         await _refuse(send, 408)
         return
     if body is None:
+        return
+    if not check(body):
+        await _refuse(send, 403)
         return
     # Some of Flower's checks see the path as a URL made with this header, its router sees the path alone.
     headers = [(name, value) for name, value in scope["headers"] if name != b"host"]

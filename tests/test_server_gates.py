@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from server import gates
 from server.endpoints import OPERATOR_HEADER
-from server.gates import ACTIVATE, ACTIVATION_BYTES, FLEET_ROUTES, OPERATOR_BYTES, PUBLIC_BYTES, FleetGate, OperatorGate
+from server.gates import (
+    ACTIVATE,
+    ACTIVATION_BYTES,
+    FLEET_ROUTES,
+    OPERATOR_BYTES,
+    PUBLIC_BYTES,
+    PUSH,
+    FleetGate,
+    OperatorGate,
+)
 
 SECRET = bytes(range(32))
 PULL = b"/v1/fleet/pull-messages"
@@ -77,6 +86,18 @@ async def anybody(headers: Any) -> bool:
     return True
 
 
+def own(body: bytes) -> bool:
+    return body != b"foreign"
+
+
+def test_replies_in_anothers_name_are_refused_and_nothing_else_is_asked() -> None:
+    flower = Flower()
+    assert ask(FleetGate(flower, anybody, own), PUSH, body=(b"fore", b"ign")) == 403
+    assert not flower.seen
+    assert ask(FleetGate(flower, anybody, own), PUSH, body=(b"mine",)) == 200
+    assert ask(FleetGate(flower, anybody, own), PULL, body=(b"foreign",)) == 200
+
+
 def test_exactly_the_fleet_routes_without_registration_pass() -> None:
     from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
@@ -85,7 +106,7 @@ def test_exactly_the_fleet_routes_without_registration_pass() -> None:
     assert offered >= FLEET_ROUTES
     for path in offered:
         flower = Flower()
-        assert ask(FleetGate(flower, anybody), path) == (200 if path in FLEET_ROUTES else 404)
+        assert ask(FleetGate(flower, anybody, own), path) == (200 if path in FLEET_ROUTES else 404)
         assert len(flower.seen) == (path in FLEET_ROUTES)
 
 
@@ -118,39 +139,39 @@ def test_exactly_the_fleet_routes_without_registration_pass() -> None:
 )
 def test_no_other_way_of_writing_a_path_leads_anywhere(path: bytes) -> None:
     flower = Flower()
-    assert ask(FleetGate(flower, anybody), path) == 404
+    assert ask(FleetGate(flower, anybody, own), path) == 404
     assert not flower.seen
 
 
 @given(st.binary(max_size=60))
 def test_only_the_closed_list_passes(path: bytes) -> None:
     flower = Flower()
-    status = ask(FleetGate(flower, anybody), path)
+    status = ask(FleetGate(flower, anybody, own), path)
     assert (status == 200) == (path in FLEET_ROUTES) == bool(flower.seen)
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "OPTIONS", "CONNECT", "post"])
 def test_another_method_or_a_query_is_no_route(method: str) -> None:
     flower = Flower()
-    assert ask(FleetGate(flower, anybody), PULL, method=method) == 404
-    assert ask(FleetGate(flower, anybody), PULL, query=b"a=1") == 404
+    assert ask(FleetGate(flower, anybody, own), PULL, method=method) == 404
+    assert ask(FleetGate(flower, anybody, own), PULL, query=b"a=1") == 404
     assert not flower.seen
 
 
 def test_of_a_stranger_nothing_but_a_short_activation_is_read() -> None:
     flower = Flower()
     for path in FLEET_ROUTES - {ACTIVATE}:
-        assert ask(FleetGate(flower, nobody), path) == 401
+        assert ask(FleetGate(flower, nobody, own), path) == 401
     assert not flower.seen
-    assert ask(FleetGate(flower, nobody), ACTIVATE, body=(b"x" * ACTIVATION_BYTES,)) == 200
-    assert ask(FleetGate(flower, nobody), ACTIVATE, body=(b"x" * (ACTIVATION_BYTES + 1),)) == 413
+    assert ask(FleetGate(flower, nobody, own), ACTIVATE, body=(b"x" * ACTIVATION_BYTES,)) == 200
+    assert ask(FleetGate(flower, nobody, own), ACTIVATE, body=(b"x" * (ACTIVATION_BYTES + 1),)) == 413
     assert len(flower.seen) == 1
 
 
 def test_a_body_arrives_whole_and_without_the_host_that_a_peer_made_up() -> None:
     flower = Flower()
     headers = [(b"host", b"x/v1/control/list-nodes?"), (b"content-length", b"6"), (b"flwr-signature", b"s")]
-    assert ask(FleetGate(flower, anybody), PULL, headers=headers, body=(b"ab", b"", b"cdef")) == 200
+    assert ask(FleetGate(flower, anybody, own), PULL, headers=headers, body=(b"ab", b"", b"cdef")) == 200
     scope, body = flower.seen[0]
     assert body == b"abcdef"
     assert scope["headers"] == headers[1:]
@@ -168,20 +189,20 @@ def test_a_body_arrives_whole_and_without_the_host_that_a_peer_made_up() -> None
 )
 def test_a_body_of_no_length_or_too_long_is_not_read(headers: list[tuple[bytes, bytes]], status: int) -> None:
     flower = Flower()
-    assert ask(FleetGate(flower, anybody), PULL, headers=headers) == status
+    assert ask(FleetGate(flower, anybody, own), PULL, headers=headers) == status
     assert not flower.seen
 
 
 def test_a_peer_that_goes_away_gets_no_answer() -> None:
     flower = Flower()
-    assert ask(FleetGate(flower, anybody), PULL, body=(b"a", b"b"), gone=True) is None
+    assert ask(FleetGate(flower, anybody, own), PULL, body=(b"a", b"b"), gone=True) is None
     assert not flower.seen
 
 
 def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates, "_BODY_SECONDS", 0.05)
     flower = Flower()
-    assert ask(FleetGate(flower, anybody), PULL, headers=[(b"content-length", b"5")], body=()) == 408
+    assert ask(FleetGate(flower, anybody, own), PULL, headers=[(b"content-length", b"5")], body=()) == 408
     assert not flower.seen
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.fleet_pb2 import PullMessagesRequest, RegisterNodeFleetRequest, UnregisterNodeFleetRequest
 from flwr.proto.message_pb2 import PullObjectRequest
 from flwr.proto.node_pb2 import Node
@@ -20,7 +21,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
-from server.control import Control
+from server.control import Control, bundle
 from server.endpoints import OPERATOR_HEADER
 from server.gates import FLEET_ROUTES
 
@@ -158,6 +159,29 @@ def test_only_a_registered_key_is_a_site_with_or_without_tls(
         control.unregister("south")
         with pytest.raises(httpx.HTTPStatusError, match="401"):
             other.client.PullMessages(PullMessagesRequest(node=other.node))
+
+
+def test_a_site_cannot_answer_in_anothers_name(superlink: Any, links: Callable[..., Any]) -> None:
+    site, rival = links(superlink), links(superlink)
+    with Control(superlink.endpoints) as control:
+        node_id = control.register("west", site.public_key)
+        control.register("rival", rival.public_key)
+        site.activate(), rival.activate()
+        with control.grid(control.start_run(bundle())) as grid:
+            (sent,) = grid.push_messages([Message(RecordDict(), node_id, "query.describe")])
+            stolen: list[Any] = []
+
+            def forge(message: Message) -> RecordDict:
+                """Answer first with the rival's key, then honestly."""
+                poisoned = Message(RecordDict({"facts": ConfigRecord({"poison": 1})}), reply_to=message)
+                with pytest.raises(httpx.HTTPStatusError, match="403") as refusal:
+                    rival._push(poisoned)
+                stolen.append(refusal)
+                return RecordDict()
+
+            assert site.answer(forge) and stolen
+            (reply,) = grid.pull_messages([sent])
+            assert reply.content == RecordDict()
 
 
 def signed(link: Any) -> dict[str, str]:
