@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server import gates
-from server.endpoints import OPERATOR_HEADER
+from server.endpoints import OPERATOR_HEADER, sign
 from server.gates import (
     ACTIVATE,
     ACTIVATION_BYTES,
@@ -206,38 +207,64 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     assert not flower.seen
 
 
+def operate(
+    flower: Flower, path: bytes, claim: str | bytes | None, body: bytes = b"", query: bytes = b""
+) -> int | None:
+    """Ask the operator's gate under a claim."""
+    headers = [(b"content-length", str(len(body)).encode())]
+    if claim is not None:
+        headers.append((OPERATOR_HEADER.encode(), claim.encode() if isinstance(claim, str) else claim))
+    return ask(OperatorGate(flower, SECRET), path, headers=headers, body=(body,), query=query)
+
+
+LIST = "/v1/control/list-nodes"
+NOW = int(time.time())
+
+
 @pytest.mark.parametrize(
-    "given_secret",
+    "claim",
     [
         None,
         b"",
-        SECRET,
-        SECRET.hex().encode()[:-1],
-        SECRET.hex().encode() + b"0",
-        SECRET.hex().upper().encode(),
         b"\xff",
+        SECRET,
+        SECRET.hex(),
+        f"{NOW}",
+        f"{NOW}.",
+        f"{NOW}.{SECRET.hex()}",
+        sign(bytes(32), NOW, LIST, b"body"),
+        sign(SECRET, NOW, LIST, b"other"),
+        sign(SECRET, NOW, "/v1/control/start-run", b"body"),
+        sign(SECRET, NOW, LIST, b"body") + "0",
+        sign(SECRET, NOW, LIST, b"body").upper().replace("A", "B"),
+        sign(SECRET, NOW - 3600, LIST, b"body"),
+        sign(SECRET, NOW + 3600, LIST, b"body"),
+        sign(SECRET, NOW, LIST, b"body").replace(str(NOW), str(NOW + 1)),
+        f"-{sign(SECRET, NOW, LIST, b'body')}",
+        "9" * 5000 + ".0",
     ],
 )
-def test_without_the_secret_nothing_reaches_flower(given_secret: bytes | None) -> None:
+def test_without_the_secret_nothing_reaches_flower(claim: str | bytes | None) -> None:
     flower = Flower()
-    headers = [(b"content-length", b"0")]
-    if given_secret is not None:
-        headers.append((OPERATOR_HEADER.encode(), given_secret))
-    for path in (b"/v1/control/list-nodes", b"/v1/runtime/acquire-task", b"/docs", b"/health"):
-        assert ask(OperatorGate(flower, SECRET), path, headers=headers) == 401
+    assert operate(flower, LIST.encode(), claim, b"body") == 401
     assert not flower.seen
+
+
+@given(st.binary(max_size=90))
+def test_no_made_up_claim_passes(claim: bytes) -> None:
+    flower = Flower()
+    assert operate(flower, LIST.encode(), claim) == 401
 
 
 def test_the_secret_opens_control_and_runtime_and_no_more() -> None:
     flower = Flower()
-    gate = OperatorGate(flower, SECRET)
 
-    def status(path: bytes, length: int = 0) -> int | None:
-        secret = (OPERATOR_HEADER.encode(), SECRET.hex().encode())
-        return ask(gate, path, headers=[(b"content-length", str(length).encode()), secret])
+    def status(path: str, body: bytes = b"", query: bytes = b"") -> int | None:
+        return operate(flower, path.encode(), sign(SECRET, int(time.time()), path, body), body, query)
 
-    assert status(b"/v1/control/list-nodes") == status(b"/v1/runtime/acquire-task") == 200
-    for path in (b"/docs", b"/openapi.json", b"/health", b"/v1/responses", PULL, b"/v1/fleet/register-node"):
+    assert status(LIST, b"body") == status("/v1/runtime/acquire-task") == 200
+    for path in ("/docs", "/openapi.json", "/health", "/v1/responses", PULL.decode(), "/v1/fleet/register-node"):
         assert status(path) == 404
-    assert status(b"/v1/control/start-run", OPERATOR_BYTES + 1) == 413
-    assert len(flower.seen) == 2
+    assert status(LIST, query=b"a") == 404
+    assert status("/v1/control/start-run", bytes(OPERATOR_BYTES + 1)) == 413
+    assert [body for _, body in flower.seen] == [b"body", b""]

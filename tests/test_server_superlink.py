@@ -22,7 +22,7 @@ from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from server.control import Control, bundle
-from server.endpoints import OPERATOR_HEADER
+from server.endpoints import OPERATOR_HEADER, sign
 from server.gates import FLEET_ROUTES
 
 pytestmark = pytest.mark.slow
@@ -84,9 +84,10 @@ def no_route(answer: bytes) -> bool:
     ],
 )
 def test_the_public_listener_answers_none_of_these(superlink: Any, target: str) -> None:
-    secret = superlink.endpoints.operator_secret.read_bytes().hex()  # not even with the operator's secret
+    secret = superlink.endpoints.operator_secret.read_bytes()
+    claim = sign(secret, int(time.time()), target, b"")  # not even with the operator's secret
     for method in ("POST", "GET"):
-        head = f"{method} {target} HTTP/1.1\nHost: x\n{OPERATOR_HEADER}: {secret}\nContent-Length: 0"
+        head = f"{method} {target} HTTP/1.1\nHost: x\n{OPERATOR_HEADER}: {claim}\nContent-Length: 0"
         assert no_route(raw(superlink, f"{head}\nContent-Type: {PROTOBUF_MEDIA_TYPE}"))
 
 
@@ -116,15 +117,22 @@ def test_a_body_that_is_no_body_does_not_pass(superlink: Any) -> None:
 
 def test_the_operator_listener_wants_its_secret(superlink: Any) -> None:
     where = f"http://127.0.0.1:{superlink.endpoints.operator_port}"
-    secret = {OPERATOR_HEADER: superlink.endpoints.operator_secret.read_bytes().hex()}
+    secret = superlink.endpoints.operator_secret.read_bytes()
     with httpx.Client(base_url=where, trust_env=False) as client:
-        for path in ("/v1/control/list-nodes", "/v1/runtime/acquire-task", "/docs", "/openapi.json", "/health", "/"):
-            assert client.post(path).status_code == client.get(path).status_code == 401
-        for path in ("/docs", "/openapi.json", "/health", "/v1/fleet/pull-messages", "/v1/responses"):
-            assert client.post(path, headers=secret).status_code == client.get(path, headers=secret).status_code == 404
-        body = {"headers": {**secret, "content-type": PROTOBUF_MEDIA_TYPE}, "content": b""}
-        assert client.post("/v1/control/list-nodes", **body).status_code == 200
-        assert client.post("/v1/runtime/acquire-task", **body).status_code in (400, 401, 403)  # no SuperExec secret
+
+        def status(path: str, *, signed: bool, method: str = "POST") -> int:
+            claim = {OPERATOR_HEADER: sign(secret, int(time.time()), path, b"")} if signed else {}
+            headers = {**claim, "content-type": PROTOBUF_MEDIA_TYPE, "content-length": "0"}
+            return client.request(method, path, headers=headers).status_code
+
+        others = ("/docs", "/openapi.json", "/health", "/v1/fleet/pull-messages", "/v1/responses", "/")
+        for method in ("POST", "GET"):
+            for path in ("/v1/control/list-nodes", "/v1/runtime/acquire-task", *others):
+                assert status(path, signed=False, method=method) == 401
+            for path in others:
+                assert status(path, signed=True, method=method) == 404
+        assert status("/v1/control/list-nodes", signed=True) == 200
+        assert status("/v1/runtime/acquire-task", signed=True) in (400, 401, 403)  # no SuperExec secret
 
 
 @pytest.mark.parametrize("tls", [True, False])
