@@ -1,7 +1,7 @@
 """The coordinator's hand on its own SuperLink: who is registered, which runs there are, and a run's messages.
 
-Everything goes to the loopback listener with the operator's secret; taking the task of a run needs the SuperExec
-secret besides. Whatever goes wrong is one line: Flower's own clients try again for ever, or end the process.
+Everything goes to the loopback listener, signed with the operator's secret; taking the task of a run needs the
+SuperExec secret besides. Whatever goes wrong is one line: Flower's own clients try again for ever, or end the process.
 
 Source: flwr 1.41, `flwr.supercore.superexec.run_superexec` and `flwr.superlink.runtime.run_serverapp`.
 """
@@ -53,13 +53,14 @@ from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAu
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClient, ProtobufRequestContext
 from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.retry.retry_invoker import RetryState
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from common.errors import ConfigError, ConsiliumError
-from server.endpoints import OPERATOR_HEADER, Endpoints, read_secret
+from server.endpoints import OPERATOR_HEADER, Endpoints, read_secret, sign
 
 _log = logging.getLogger("consilium.control")
 _CALL_SECONDS = 30.0
@@ -397,14 +398,16 @@ class _NoAnswer(ConsiliumError):
 
 
 class _Operator:
-    """Adds the operator's secret and Flower's version to each request."""
+    """Signs each request with the operator's secret, and says which Flower speaks."""
 
     def __init__(self, secret: bytes) -> None:
-        version = RuntimeVersionMetadata.from_local_component("flwr-serverapp")
-        self._headers = {OPERATOR_HEADER: secret.hex(), **dict(version.as_metadata())}
+        self._secret = secret
+        self._version = dict(RuntimeVersionMetadata.from_local_component("flwr-serverapp").as_metadata())
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        context.request.headers.update(self._headers)
+        request = context.request
+        claim = sign(self._secret, int(time.time()), request.url.path, request.content)
+        request.headers.update({**self._version, OPERATOR_HEADER: claim})
         return call_next(context)
 
 
@@ -418,8 +421,13 @@ class _Patience(RetryInvoker):
             max_tries=None,
             max_time=seconds,
             should_giveup=_is_final,
+            on_backoff=self._tell,
         )
         self._where = where
+
+    def _tell(self, state: RetryState) -> None:
+        if state.tries == 1:
+            _log.warning("the SuperLink at %s does not answer; waiting for it up to %.0f s", self._where, self.max_time)
 
     def invoke(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:

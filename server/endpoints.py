@@ -6,6 +6,8 @@ Values only: neither Flower nor a web server is imported here, so a command line
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import hmac
 import json
 import os
 import stat
@@ -76,6 +78,19 @@ class Endpoints:
             ) from None
         except (ValueError, TypeError, AttributeError, KeyError):
             raise ConfigError(f"{path}: holds no endpoints of a SuperLink; `consilium server up` writes it") from None
+
+
+def sign(secret: bytes, seconds: int, path: str, body: bytes) -> str:
+    """Return what the operator's header says of a request: the secret itself never travels.
+
+    Whoever took the port while no SuperLink runs would be told it, were it sent.
+
+    Examples:
+        >>> sign(bytes(32), 1, "/v1/control/list-nodes", b"")[:12]
+        '1.a29b57aa1d'
+    """
+    text = f"{seconds}\n{path}\n".encode() + hashlib.sha256(body).digest()
+    return f"{seconds}.{hmac.new(secret, text, hashlib.sha256).hexdigest()}"
 
 
 def read_secret(path: Path) -> bytes:

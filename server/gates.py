@@ -1,19 +1,20 @@
 """What stands before Flower's application at each of the coordinator's two listeners.
 
 One application answers hospitals, runs and operators alike, and asks operators for nothing. So the inner listener
-wants a secret, and the public one lets through a closed list of routes, compared byte by byte with what came: no form
-of writing a path leads anywhere else. Of a stranger nothing is read but the head of the request and the few bytes of
-an activation, which Flower itself refuses.
+wants a signature, and the public one lets through a closed list of routes, compared byte by byte with what came: no
+form of writing a path leads anywhere else. Of a stranger from outside nothing is read but the head of the request and
+the few bytes of an activation, which Flower itself refuses.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
-from server.endpoints import OPERATOR_HEADER
+from server.endpoints import OPERATOR_HEADER, sign
 
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
@@ -24,6 +25,7 @@ Headers = Mapping[bytes, bytes]
 
 _FLEET = b"/v1/fleet/"
 ACTIVATE = _FLEET + b"activate-node"
+PUSH = _FLEET + b"push-messages"
 # All of Flower's but register-node and unregister-node: sites come and go by the coordinator's hand alone.
 FLEET_ROUTES = frozenset(
     _FLEET + name
@@ -44,25 +46,32 @@ _INNER = ("/v1/control/", "/v1/runtime/")
 PUBLIC_BYTES = 8 * 2**20  # Flower cuts arrays into objects of 5 MiB
 OPERATOR_BYTES = 16 * 2**20  # a bundle may have 10 MB
 ACTIVATION_BYTES = 4096
+_CLAIM_SECONDS = 60  # both ends share one clock
 _BODY_SECONDS = 300.0  # 8 MiB at 250 kbit/s
 
 
 class OperatorGate:
-    """Let requests with the operator's secret reach the Control and the Runtime API."""
+    """Let requests that are signed with the operator's secret reach the Control and the Runtime API."""
 
     def __init__(self, app: App, secret: bytes) -> None:
         self._app = app
-        self._secret = secret.hex().encode()
+        self._secret = secret
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        headers = dict(scope["headers"])
-        if not hmac.compare_digest(headers.get(OPERATOR_HEADER.encode(), b""), self._secret):
+        claim = dict(scope["headers"]).get(OPERATOR_HEADER.encode(), b"")
+        seconds = claim.partition(b".")[0]
+        path: str = scope["path"]
+        if not seconds.isdigit() or len(seconds) > 12 or abs(time.time() - int(seconds)) > _CLAIM_SECONDS:
             await _refuse(send, 401)
-        elif not scope["path"].startswith(_INNER):
-            await _refuse(send, 404)
-        else:
-            await _pass_on(self._app, scope, receive, send, OPERATOR_BYTES)
+            return
+
+        def judge(body: bytes) -> int:
+            if not hmac.compare_digest(claim, sign(self._secret, int(seconds), path, body).encode()):
+                return 401
+            return 0 if path.startswith(_INNER) and not scope["query_string"] else 404
+
+        await _pass_on(self._app, scope, receive, send, OPERATOR_BYTES, judge)
 
 
 class FleetGate:
@@ -71,11 +80,16 @@ class FleetGate:
     Args:
         app: Flower's application.
         is_site: whether headers are signed with the key of a registered site.
+        is_own: whether the replies in a body bear the name of the site that says it sends them; Flower checks that
+            name against the key, and the replies against neither.
     """
 
-    def __init__(self, app: App, is_site: Callable[[Headers], Awaitable[bool]]) -> None:
+    def __init__(
+        self, app: App, is_site: Callable[[Headers], Awaitable[bool]], is_own: Callable[[bytes], bool]
+    ) -> None:
         self._app = app
         self._is_site = is_site
+        self._is_own = is_own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -87,11 +101,17 @@ class FleetGate:
         elif not await self._is_site(dict(scope["headers"])):
             await _refuse(send, 401)
         else:
-            await _pass_on(self._app, scope, receive, send, PUBLIC_BYTES)
+            judge = self._judge_replies if route == PUSH else None
+            await _pass_on(self._app, scope, receive, send, PUBLIC_BYTES, judge)
+
+    def _judge_replies(self, body: bytes) -> int:
+        return 0 if self._is_own(body) else 403
 
 
-async def _pass_on(app: App, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
-    """Read a body of at most `limit` bytes, then let the application answer."""
+async def _pass_on(
+    app: App, scope: Scope, receive: Receive, send: Send, limit: int, judge: Callable[[bytes], int] | None = None
+) -> None:
+    """Read a body of at most `limit` bytes, then let the application answer, unless `judge` gives a status."""
     status = _judge_length(dict(scope["headers"]), limit)
     if status:
         await _refuse(send, status)
@@ -103,6 +123,9 @@ async def _pass_on(app: App, scope: Scope, receive: Receive, send: Send, limit: 
         await _refuse(send, 408)
         return
     if body is None:
+        return
+    if judge is not None and (status := judge(body)):
+        await _refuse(send, status)
         return
     # Some of Flower's checks see the path as a URL made with this header, its router sees the path alone.
     headers = [(name, value) for name, value in scope["headers"] if name != b"host"]

@@ -6,6 +6,9 @@ other two live on the loopback interface behind a secret that other users of the
 goes to nobody without the SuperExec secret. Nothing else is started: no SuperExec, no gRPC server, no installation of
 what a bundle names, no telemetry.
 
+A flood of connections is not held off here: where the open internet reaches the coordinator, a proxy goes before it
+(`deploy/nginx.conf`).
+
 Source: flwr 1.41, `flwr.superlink.main.create_app` and `flwr.superlink.cli.flower_superlink`.
 """
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("consilium.superlink")
 _BACKLOG = 128
 _GRACE_SECONDS = 2
+_IDLE_SECONDS = 75  # longer than a proxy keeps a connection for its next request, so that it never meets a closed one
 _RENEWAL_SECONDS = 5.0
 
 
@@ -58,7 +62,7 @@ def serve(endpoints: Endpoints, ready: Callable[[], None] | None = None) -> None
     context = _tls(endpoints) if endpoints.tls else None
     with _bind("127.0.0.1", endpoints.operator_port) as inner, _bind(host, port) as public:
         app = _application(endpoints.database, superexec)
-        gates = (OperatorGate(app, operator), FleetGate(app, _site_check(app)))
+        gates = (OperatorGate(app, operator), FleetGate(app, _site_check(app), _is_own))
         servers = (_server(gates[0], None), _server(gates[1], context))
         asyncio.run(_run(app, servers, (inner, public), _renewal(endpoints, context), ready))
 
@@ -150,7 +154,6 @@ def _site_check(app: FastAPI) -> Callable[[Headers], Awaitable[bool]]:
     from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
     from flwr.supercore.date import now
     from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
-    from starlette.concurrency import run_in_threadpool
 
     names = [name.lower().encode() for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER)]
     time_name = TIMESTAMP_HEADER.lower().encode()
@@ -170,9 +173,21 @@ def _site_check(app: FastAPI) -> Callable[[Headers], Awaitable[bool]]:
             return False
 
     async def is_site(headers: Headers) -> bool:
-        return await run_in_threadpool(check, headers)
+        return await asyncio.to_thread(check, headers)
 
     return is_site
+
+
+def _is_own(body: bytes) -> bool:
+    """Return whether replies bear the name of the site that says it sends them."""
+    from flwr.proto.fleet_pb2 import PushMessagesRequest
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        request = PushMessagesRequest.FromString(body)
+    except DecodeError:
+        return False
+    return all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
 
 
 class _Server(uvicorn.Server):
@@ -194,6 +209,7 @@ def _server(gate: App, context: ssl.SSLContext | None) -> _Server:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
         ssl_context_factory=None if context is None else lambda _config, _default: context,
     )

@@ -241,7 +241,9 @@ def test_a_killed_superlink_keeps_registrations_and_a_run_survives_its_restart(
 
 
 @pytest.mark.slow
-def test_a_superlink_that_stays_away_ends_the_run_after_the_patience(superlinks: Callable[..., Any]) -> None:
+def test_a_superlink_that_stays_away_ends_the_run_after_the_patience(
+    superlinks: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     superlink = superlinks().start()
     with Control(superlink.endpoints, patience=2.0) as control:
         begun = 0.0
@@ -252,3 +254,6 @@ def test_a_superlink_that_stays_away_ends_the_run_after_the_patience(superlinks:
             begun = time.monotonic()
             roster(grid)
         assert 1.9 < time.monotonic() - begun < 8
+    told = [record.getMessage() for record in caplog.records if record.name == "consilium.control"]
+    assert told[0].partition("; ")[2] == "waiting for it up to 2 s"
+    assert "was not told that the run is failed" in told[-1]

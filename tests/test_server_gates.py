@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -8,8 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server import gates
-from server.endpoints import OPERATOR_HEADER
-from server.gates import ACTIVATE, ACTIVATION_BYTES, FLEET_ROUTES, OPERATOR_BYTES, PUBLIC_BYTES, FleetGate, OperatorGate
+from server.endpoints import OPERATOR_HEADER, sign
+from server.gates import (
+    ACTIVATE,
+    ACTIVATION_BYTES,
+    FLEET_ROUTES,
+    OPERATOR_BYTES,
+    PUBLIC_BYTES,
+    PUSH,
+    FleetGate,
+    OperatorGate,
+)
 
 SECRET = bytes(range(32))
 PULL = b"/v1/fleet/pull-messages"
@@ -77,6 +87,18 @@ async def anybody(headers: Any) -> bool:
     return True
 
 
+def own(body: bytes) -> bool:
+    return body != b"foreign"
+
+
+def test_replies_in_anothers_name_are_refused_and_nothing_else_is_asked() -> None:
+    flower = Flower()
+    assert ask(FleetGate(flower, anybody, own), PUSH, body=(b"fore", b"ign")) == 403
+    assert not flower.seen
+    assert ask(FleetGate(flower, anybody, own), PUSH, body=(b"mine",)) == 200
+    assert ask(FleetGate(flower, anybody, own), PULL, body=(b"foreign",)) == 200
+
+
 def test_exactly_the_fleet_routes_without_registration_pass() -> None:
     from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
@@ -85,7 +107,7 @@ def test_exactly_the_fleet_routes_without_registration_pass() -> None:
     assert offered >= FLEET_ROUTES
     for path in offered:
         flower = Flower()
-        assert ask(FleetGate(flower, anybody), path) == (200 if path in FLEET_ROUTES else 404)
+        assert ask(FleetGate(flower, anybody, own), path) == (200 if path in FLEET_ROUTES else 404)
         assert len(flower.seen) == (path in FLEET_ROUTES)
 
 
@@ -118,39 +140,39 @@ def test_exactly_the_fleet_routes_without_registration_pass() -> None:
 )
 def test_no_other_way_of_writing_a_path_leads_anywhere(path: bytes) -> None:
     flower = Flower()
-    assert ask(FleetGate(flower, anybody), path) == 404
+    assert ask(FleetGate(flower, anybody, own), path) == 404
     assert not flower.seen
 
 
 @given(st.binary(max_size=60))
 def test_only_the_closed_list_passes(path: bytes) -> None:
     flower = Flower()
-    status = ask(FleetGate(flower, anybody), path)
+    status = ask(FleetGate(flower, anybody, own), path)
     assert (status == 200) == (path in FLEET_ROUTES) == bool(flower.seen)
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "OPTIONS", "CONNECT", "post"])
 def test_another_method_or_a_query_is_no_route(method: str) -> None:
     flower = Flower()
-    assert ask(FleetGate(flower, anybody), PULL, method=method) == 404
-    assert ask(FleetGate(flower, anybody), PULL, query=b"a=1") == 404
+    assert ask(FleetGate(flower, anybody, own), PULL, method=method) == 404
+    assert ask(FleetGate(flower, anybody, own), PULL, query=b"a=1") == 404
     assert not flower.seen
 
 
 def test_of_a_stranger_nothing_but_a_short_activation_is_read() -> None:
     flower = Flower()
     for path in FLEET_ROUTES - {ACTIVATE}:
-        assert ask(FleetGate(flower, nobody), path) == 401
+        assert ask(FleetGate(flower, nobody, own), path) == 401
     assert not flower.seen
-    assert ask(FleetGate(flower, nobody), ACTIVATE, body=(b"x" * ACTIVATION_BYTES,)) == 200
-    assert ask(FleetGate(flower, nobody), ACTIVATE, body=(b"x" * (ACTIVATION_BYTES + 1),)) == 413
+    assert ask(FleetGate(flower, nobody, own), ACTIVATE, body=(b"x" * ACTIVATION_BYTES,)) == 200
+    assert ask(FleetGate(flower, nobody, own), ACTIVATE, body=(b"x" * (ACTIVATION_BYTES + 1),)) == 413
     assert len(flower.seen) == 1
 
 
 def test_a_body_arrives_whole_and_without_the_host_that_a_peer_made_up() -> None:
     flower = Flower()
     headers = [(b"host", b"x/v1/control/list-nodes?"), (b"content-length", b"6"), (b"flwr-signature", b"s")]
-    assert ask(FleetGate(flower, anybody), PULL, headers=headers, body=(b"ab", b"", b"cdef")) == 200
+    assert ask(FleetGate(flower, anybody, own), PULL, headers=headers, body=(b"ab", b"", b"cdef")) == 200
     scope, body = flower.seen[0]
     assert body == b"abcdef"
     assert scope["headers"] == headers[1:]
@@ -168,55 +190,81 @@ def test_a_body_arrives_whole_and_without_the_host_that_a_peer_made_up() -> None
 )
 def test_a_body_of_no_length_or_too_long_is_not_read(headers: list[tuple[bytes, bytes]], status: int) -> None:
     flower = Flower()
-    assert ask(FleetGate(flower, anybody), PULL, headers=headers) == status
+    assert ask(FleetGate(flower, anybody, own), PULL, headers=headers) == status
     assert not flower.seen
 
 
 def test_a_peer_that_goes_away_gets_no_answer() -> None:
     flower = Flower()
-    assert ask(FleetGate(flower, anybody), PULL, body=(b"a", b"b"), gone=True) is None
+    assert ask(FleetGate(flower, anybody, own), PULL, body=(b"a", b"b"), gone=True) is None
     assert not flower.seen
 
 
 def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates, "_BODY_SECONDS", 0.05)
     flower = Flower()
-    assert ask(FleetGate(flower, anybody), PULL, headers=[(b"content-length", b"5")], body=()) == 408
+    assert ask(FleetGate(flower, anybody, own), PULL, headers=[(b"content-length", b"5")], body=()) == 408
     assert not flower.seen
+
+
+def operate(
+    flower: Flower, path: bytes, claim: str | bytes | None, body: bytes = b"", query: bytes = b""
+) -> int | None:
+    """Ask the operator's gate under a claim."""
+    headers = [(b"content-length", str(len(body)).encode())]
+    if claim is not None:
+        headers.append((OPERATOR_HEADER.encode(), claim.encode() if isinstance(claim, str) else claim))
+    return ask(OperatorGate(flower, SECRET), path, headers=headers, body=(body,), query=query)
+
+
+LIST = "/v1/control/list-nodes"
+NOW = int(time.time())
 
 
 @pytest.mark.parametrize(
-    "given_secret",
+    "claim",
     [
         None,
         b"",
-        SECRET,
-        SECRET.hex().encode()[:-1],
-        SECRET.hex().encode() + b"0",
-        SECRET.hex().upper().encode(),
         b"\xff",
+        SECRET,
+        SECRET.hex(),
+        f"{NOW}",
+        f"{NOW}.",
+        f"{NOW}.{SECRET.hex()}",
+        sign(bytes(32), NOW, LIST, b"body"),
+        sign(SECRET, NOW, LIST, b"other"),
+        sign(SECRET, NOW, "/v1/control/start-run", b"body"),
+        sign(SECRET, NOW, LIST, b"body") + "0",
+        sign(SECRET, NOW, LIST, b"body").upper().replace("A", "B"),
+        sign(SECRET, NOW - 3600, LIST, b"body"),
+        sign(SECRET, NOW + 3600, LIST, b"body"),
+        sign(SECRET, NOW, LIST, b"body").replace(str(NOW), str(NOW + 1)),
+        f"-{sign(SECRET, NOW, LIST, b'body')}",
+        "9" * 5000 + ".0",
     ],
 )
-def test_without_the_secret_nothing_reaches_flower(given_secret: bytes | None) -> None:
+def test_without_the_secret_nothing_reaches_flower(claim: str | bytes | None) -> None:
     flower = Flower()
-    headers = [(b"content-length", b"0")]
-    if given_secret is not None:
-        headers.append((OPERATOR_HEADER.encode(), given_secret))
-    for path in (b"/v1/control/list-nodes", b"/v1/runtime/acquire-task", b"/docs", b"/health"):
-        assert ask(OperatorGate(flower, SECRET), path, headers=headers) == 401
+    assert operate(flower, LIST.encode(), claim, b"body") == 401
     assert not flower.seen
+
+
+@given(st.binary(max_size=90))
+def test_no_made_up_claim_passes(claim: bytes) -> None:
+    flower = Flower()
+    assert operate(flower, LIST.encode(), claim) == 401
 
 
 def test_the_secret_opens_control_and_runtime_and_no_more() -> None:
     flower = Flower()
-    gate = OperatorGate(flower, SECRET)
 
-    def status(path: bytes, length: int = 0) -> int | None:
-        secret = (OPERATOR_HEADER.encode(), SECRET.hex().encode())
-        return ask(gate, path, headers=[(b"content-length", str(length).encode()), secret])
+    def status(path: str, body: bytes = b"", query: bytes = b"") -> int | None:
+        return operate(flower, path.encode(), sign(SECRET, int(time.time()), path, body), body, query)
 
-    assert status(b"/v1/control/list-nodes") == status(b"/v1/runtime/acquire-task") == 200
-    for path in (b"/docs", b"/openapi.json", b"/health", b"/v1/responses", PULL, b"/v1/fleet/register-node"):
+    assert status(LIST, b"body") == status("/v1/runtime/acquire-task") == 200
+    for path in ("/docs", "/openapi.json", "/health", "/v1/responses", PULL.decode(), "/v1/fleet/register-node"):
         assert status(path) == 404
-    assert status(b"/v1/control/start-run", OPERATOR_BYTES + 1) == 413
-    assert len(flower.seen) == 2
+    assert status(LIST, query=b"a") == 404
+    assert status("/v1/control/start-run", bytes(OPERATOR_BYTES + 1)) == 413
+    assert [body for _, body in flower.seen] == [b"body", b""]

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.fleet_pb2 import PullMessagesRequest, RegisterNodeFleetRequest, UnregisterNodeFleetRequest
 from flwr.proto.message_pb2 import PullObjectRequest
 from flwr.proto.node_pb2 import Node
@@ -20,8 +21,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
-from server.control import Control
-from server.endpoints import OPERATOR_HEADER
+from server.control import Control, bundle
+from server.endpoints import OPERATOR_HEADER, sign
 from server.gates import FLEET_ROUTES
 
 pytestmark = pytest.mark.slow
@@ -47,11 +48,11 @@ def wrapped(superlink: Any, plain: socket.socket) -> Any:
     return context.wrap_socket(plain, server_hostname="127.0.0.1")
 
 
-def refused(answer: bytes) -> bool:
-    """Whether an answer is the gate's or the parser's: Flower's own has a body of JSON."""
+def no_route(answer: bytes) -> bool:
+    """Whether an answer is the gate's or the parser's: Flower's own, also of what is not found, has a body of JSON."""
     head, _, body = answer.partition(b"\r\n\r\n")
     status = head.split(b" ")[1]
-    return (status in (b"401", b"404") and body == b"") or (status == b"400" and body.startswith(b"Invalid HTTP"))
+    return (status, body) == (b"404", b"") or (status == b"400" and body.startswith(b"Invalid HTTP"))
 
 
 @pytest.mark.parametrize(
@@ -83,10 +84,11 @@ def refused(answer: bytes) -> bool:
     ],
 )
 def test_the_public_listener_answers_none_of_these(superlink: Any, target: str) -> None:
-    secret = superlink.endpoints.operator_secret.read_bytes().hex()  # not even with the operator's secret
+    secret = superlink.endpoints.operator_secret.read_bytes()
+    claim = sign(secret, int(time.time()), target, b"")  # not even with the operator's secret
     for method in ("POST", "GET"):
-        head = f"{method} {target} HTTP/1.1\nHost: x\n{OPERATOR_HEADER}: {secret}\nContent-Length: 0"
-        assert refused(raw(superlink, f"{head}\nContent-Type: {PROTOBUF_MEDIA_TYPE}"))
+        head = f"{method} {target} HTTP/1.1\nHost: x\n{OPERATOR_HEADER}: {claim}\nContent-Length: 0"
+        assert no_route(raw(superlink, f"{head}\nContent-Type: {PROTOBUF_MEDIA_TYPE}"))
 
 
 @pytest.mark.parametrize("host", ["x/v1/control/list-nodes?", "x/v1/runtime/pull-object?", "x#", "x@y", ""])
@@ -96,13 +98,13 @@ def test_a_made_up_host_gets_nobody_past_the_keys(superlink: Any, host: str) -> 
         if path.endswith(b"activate-node"):
             assert b"200" not in answer.split(b"\r\n")[0]
         else:
-            assert refused(answer) and b" 401 " in answer
+            assert b" 401 " in answer and answer.endswith(b"\r\n\r\n")
 
 
 def test_an_upgrade_is_not_taken(superlink: Any) -> None:
     head = "Upgrade: websocket\nConnection: Upgrade\nSec-WebSocket-Version: 13\nSec-WebSocket-Key: " + "A" * 22 + "=="
     for path in ("/v1/fleet/pull-messages", "/v1/control/stream-logs"):
-        assert refused(raw(superlink, f"GET {path} HTTP/1.1\nHost: x\n{head}"))
+        assert no_route(raw(superlink, f"GET {path} HTTP/1.1\nHost: x\n{head}"))
 
 
 def test_a_body_that_is_no_body_does_not_pass(superlink: Any) -> None:
@@ -115,15 +117,22 @@ def test_a_body_that_is_no_body_does_not_pass(superlink: Any) -> None:
 
 def test_the_operator_listener_wants_its_secret(superlink: Any) -> None:
     where = f"http://127.0.0.1:{superlink.endpoints.operator_port}"
-    secret = {OPERATOR_HEADER: superlink.endpoints.operator_secret.read_bytes().hex()}
+    secret = superlink.endpoints.operator_secret.read_bytes()
     with httpx.Client(base_url=where, trust_env=False) as client:
-        for path in ("/v1/control/list-nodes", "/v1/runtime/acquire-task", "/docs", "/openapi.json", "/health", "/"):
-            assert client.post(path).status_code == client.get(path).status_code == 401
-        for path in ("/docs", "/openapi.json", "/health", "/v1/fleet/pull-messages", "/v1/responses"):
-            assert client.post(path, headers=secret).status_code == client.get(path, headers=secret).status_code == 404
-        body = {"headers": {**secret, "content-type": PROTOBUF_MEDIA_TYPE}, "content": b""}
-        assert client.post("/v1/control/list-nodes", **body).status_code == 200
-        assert client.post("/v1/runtime/acquire-task", **body).status_code in (400, 401, 403)  # no SuperExec secret
+
+        def status(path: str, *, signed: bool, method: str = "POST") -> int:
+            claim = {OPERATOR_HEADER: sign(secret, int(time.time()), path, b"")} if signed else {}
+            headers = {**claim, "content-type": PROTOBUF_MEDIA_TYPE, "content-length": "0"}
+            return client.request(method, path, headers=headers).status_code
+
+        others = ("/docs", "/openapi.json", "/health", "/v1/fleet/pull-messages", "/v1/responses", "/")
+        for method in ("POST", "GET"):
+            for path in ("/v1/control/list-nodes", "/v1/runtime/acquire-task", *others):
+                assert status(path, signed=False, method=method) == 401
+            for path in others:
+                assert status(path, signed=True, method=method) == 404
+        assert status("/v1/control/list-nodes", signed=True) == 200
+        assert status("/v1/runtime/acquire-task", signed=True) in (400, 401, 403)  # no SuperExec secret
 
 
 @pytest.mark.parametrize("tls", [True, False])
@@ -158,6 +167,29 @@ def test_only_a_registered_key_is_a_site_with_or_without_tls(
         control.unregister("south")
         with pytest.raises(httpx.HTTPStatusError, match="401"):
             other.client.PullMessages(PullMessagesRequest(node=other.node))
+
+
+def test_a_site_cannot_answer_in_anothers_name(superlink: Any, links: Callable[..., Any]) -> None:
+    site, rival = links(superlink), links(superlink)
+    with Control(superlink.endpoints) as control:
+        node_id = control.register("west", site.public_key)
+        control.register("rival", rival.public_key)
+        site.activate(), rival.activate()
+        with control.grid(control.start_run(bundle())) as grid:
+            (sent,) = grid.push_messages([Message(RecordDict(), node_id, "query.describe")])
+            stolen: list[Any] = []
+
+            def forge(message: Message) -> RecordDict:
+                """Answer first with the rival's key, then honestly."""
+                poisoned = Message(RecordDict({"facts": ConfigRecord({"poison": 1})}), reply_to=message)
+                with pytest.raises(httpx.HTTPStatusError, match="403") as refusal:
+                    rival._push(poisoned)
+                stolen.append(refusal)
+                return RecordDict()
+
+            assert site.answer(forge) and stolen
+            (reply,) = grid.pull_messages([sent])
+            assert reply.content == RecordDict()
 
 
 def signed(link: Any) -> dict[str, str]:
