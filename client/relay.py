@@ -20,7 +20,7 @@ from urllib.parse import quote
 import grpc
 
 from common.errors import SiteRefusal
-from common.messages import MalformedMessage, from_bytes, refusal, to_bytes
+from common.messages import content_of, packed, refusal
 
 PROTOCOL = 1
 """What both ends of the socket must agree on besides the version of the package."""
@@ -79,19 +79,17 @@ class Relay:
     def answer(self, kind: str, record: Records) -> Records:
         """Return the daemon's answer to a request, or a refusal: `unavailable`, `version_differs`, `malformed`."""
         try:
-            content = to_bytes(record)
+            content = content_of(record)
         except Exception:  # noqa: BLE001  whatever came over the network: no record may stop the link
             return refusal("malformed")
         try:
             with self._connected() as channel:
-                return from_bytes(_call(channel, "Answer", content, ANSWER_S, ((KIND, kind),)))
+                return packed(_call(channel, "Answer", content, ANSWER_S, ((KIND, kind),)))
         except SiteRefusal as error:
             return refusal(error.code)
         except grpc.RpcError as error:
             _log.warning("no answer from the daemon: %s", _name(error))
             return refusal("unavailable")
-        except MalformedMessage:
-            _log.error("the daemon's answer cannot be read")
         except Exception as error:  # noqa: BLE001
             _log.error("a message could not be passed to the daemon: %s", type(error).__name__)
         return refusal("internal")

@@ -42,6 +42,8 @@ _DTYPES = {
     name: np.dtype(name).newbyteorder("<") for name in ("uint8", "uint16", "float16", "float32", "float64", "int64")
 }
 _WEIGHTS = "weights"
+_PACKED = "packed"
+_LARGEST_FACT = 2**20  # bytes; larger contents travel as an array
 _FACTS = (int, float, str, bool)
 
 
@@ -279,6 +281,40 @@ def from_bytes(content: bytes) -> RecordDict:
         return recorddict_from_proto(message)
     except (DecodeError, ValueError, TypeError, KeyError, AttributeError) as error:  # what Flower's reading ends in
         raise MalformedMessage(f"no records ({type(error).__name__})") from None
+
+
+def packed(content: bytes) -> RecordDict:
+    """Return the bytes of records as records of one value: over a network, Flower asks for each array by itself."""
+    if len(content) <= _LARGEST_FACT:
+        return RecordDict({_PACKED: ConfigRecord({_PACKED: content})})
+    array = Array(dtype="uint8", shape=(len(content),), stype=_RAW, data=content)  # in parts of 5 MB
+    return RecordDict({_PACKED: ArrayRecord({_PACKED: array})})
+
+
+def content_of(record: RecordDict) -> bytes:
+    """Return the bytes of records, whether or not they are packed.
+
+    Raises:
+        MalformedMessage: they cannot be.
+    """
+    found = record.get(_PACKED)
+    if isinstance(found, ConfigRecord) and isinstance(content := found.get(_PACKED), bytes):
+        return content
+    if isinstance(found, ArrayRecord) and _PACKED in found:
+        return found[_PACKED].data
+    try:
+        return to_bytes(record)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise MalformedMessage(f"no records ({type(error).__name__})") from None
+
+
+def unpacked(record: RecordDict) -> RecordDict:
+    """Return the records that are packed in others; those that are not packed are returned as they are.
+
+    Raises:
+        MalformedMessage: what is packed is no record.
+    """
+    return from_bytes(content_of(record)) if _PACKED in record else record
 
 
 def refusal(code: str) -> RecordDict:

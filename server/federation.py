@@ -30,8 +30,11 @@ from common.messages import (
     Request,
     count_bytes,
     from_record,
+    packed,
     pending,
+    to_bytes,
     to_record,
+    unpacked,
 )
 
 POLL_S = 0.05
@@ -110,7 +113,8 @@ class _Errand:
     node: int
     kind: str
     record: RecordDict
-    weight: tuple[int, int]  # bytes of the record
+    weight: tuple[int, int]  # bytes of the record, weights and all else
+    packed: bool = False  # as it travels over a network
     message: str = ""  # identity of what is out; empty: nothing is
     sent: float = 0.0
     since: str = ""  # of the node that has it
@@ -124,8 +128,9 @@ class _Errand:
     def next_message(self) -> Message:
         """Return what is to be sent: the request, or the question after its answer."""
         if self.ticket:
-            record, kind = to_record(Collect(self.ticket)), KINDS[Collect][0]
-            weights, other = count_bytes(record)
+            plain, kind = to_record(Collect(self.ticket)), KINDS[Collect][0]
+            weights, other = count_bytes(plain)
+            record = packed(to_bytes(plain)) if self.packed else plain
         else:
             record, kind, (weights, other) = self.record, self.kind, self.weight
         self.traffic = self.traffic + Traffic(weights_down=weights, other_down=other)
@@ -316,15 +321,16 @@ class _Exchange:
         """
         if message.has_error():
             return self._failed(errand, "lost", "unreachable", again=True)
-        weights, other = count_bytes(message.content)
-        errand.traffic = errand.traffic + Traffic(weights_up=weights, other_up=other)
         try:
-            waiting = pending(message.content)
+            content = unpacked(message.content) if self._network else message.content
+            weights, other = count_bytes(content)
+            errand.traffic = errand.traffic + Traffic(weights_up=weights, other_up=other)
+            waiting = pending(content)
             if waiting is not None:
                 self._watch(errand.site, waiting.phase, waiting.done, waiting.total)
                 errand.wait(waiting)
                 return None
-            reply = from_record(message.content, self._expected)
+            reply = from_record(content, self._expected)
         except SiteRefusal as refusal:
             return self._failed(errand, "refused", refusal.code, again=refusal.code in AGAIN)
         except MalformedMessage:
