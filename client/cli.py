@@ -258,11 +258,10 @@ def status(path: Path, as_json: bool) -> int:
     Exit code: 0 nothing is wrong, 1 something is, 2 wrong configuration.
     """  # noqa: D301
     from client import status as standing
-    from client.relay import Relay
     from client.site_config import read_site
 
     config = read_site(path)
-    found = standing.status(config, Relay(config.socket, config.name).status)
+    found = standing.status(config, standing.ask(config))
     if as_json:
         _print_json(found.document())
     else:

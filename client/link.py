@@ -86,6 +86,12 @@ FIRST_WAIT, LAST_WAIT = 0.5, 20.0
 HEARTBEAT = 20.0
 """Seconds between two signs of life; the coordinator holds a site for lost after 60."""
 
+OBJECT_PAUSE, LAST_OBJECT_PAUSE = 0.02, 2.0
+"""Seconds between two questions for a part of a message that the coordinator is still writing: at first, at most."""
+
+OBJECT_PATIENCE = 120.0
+"""Seconds after which a message whose parts do not come is dropped: who was sending it is gone."""
+
 _TIMEOUT = 30.0
 _HURRY = 3.0  # seconds for the last word when stopping
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9.-]*):[0-9]{1,5}")
@@ -401,6 +407,9 @@ class _Link:
                 make_pull_object_fn_protobuf(client.PullObject, node, run_id),
                 make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run_id),
                 return_type=Message,
+                initial_backoff=OBJECT_PAUSE,
+                backoff_cap=LAST_OBJECT_PAUSE,
+                max_time=OBJECT_PATIENCE,
             )
             message.metadata.__dict__["_message_id"] = tree.object_id  # not part of what is sent
             if not message.has_content() or not isinstance(message.content, RecordDict):

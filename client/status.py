@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from cryptography import x509
 
 from client import up
 from client.link_status import GOOD, LOCK, LinkStatus, read_status
+from client.relay import Relay
 from client.site_config import SiteConfig
 from common.locks import holder
 from common.supervisor import HEALTHY, SupervisorState, read_state
@@ -63,18 +65,25 @@ class SiteStatus:
         }
 
 
-def status(config: SiteConfig, ask_daemon: Callable[[], Mapping[str, Any]]) -> SiteStatus:
+def status(config: SiteConfig, daemon: Mapping[str, Any]) -> SiteStatus:
     """Return how a site stands.
 
     Args:
         config: the site.
-        ask_daemon: returns what the daemon says of itself, `Relay.status`; state `unavailable` where it says nothing.
+        daemon: what the daemon says of itself, `ask(config)`.
     """
     supervisor, amiss = _supervisor(config)
-    daemon = ask_daemon()
     link, said = _link(config)
     findings = (*amiss, _daemon(config, daemon), said, *_certificates(config, link))
     return SiteStatus(config.name, findings, supervisor, daemon, link)
+
+
+def ask(config: SiteConfig) -> Mapping[str, Any]:
+    """Return what the daemon says of itself, at once where it has no socket."""
+    with suppress(PermissionError):
+        if not config.socket.exists():
+            return {"state": "unavailable", "code": "no socket"}
+    return Relay(config.socket, config.name).status()
 
 
 def _supervisor(config: SiteConfig) -> tuple[SupervisorState | None, tuple[Finding, ...]]:

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from client import up
+from client.cli import site
+from client.link_status import GOOD, LOCK, WORDS, StatusFile
+from client.site_config import SiteConfig, read_site
+from client.status import SiteStatus, status
+from common.errors import ConfigError
+from common.files import write_json
+from common.locks import exclusive
+
+READY = {"state": "ready", "code": "", "phase": "", "done": 0, "total": 0}
+
+
+def authority(path: Path, days: float) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([])
+    end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, end - datetime.timedelta(days=999), end)
+    path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SiteConfig:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").mkdir()
+    text = '[site]\nname = "st-anna"\n[data]\nimages = "images"\n[coordinator]\naddress = "host:1"\n'
+    (tmp_path / "site.toml").write_text(text)
+    authority(tmp_path / "link" / "ca.pem", 900)
+    return read_site(tmp_path / "site.toml")
+
+
+def of(found: SiteStatus, about: str) -> list[tuple[str, str]]:
+    return [(finding.level, finding.sentence) for finding in found.findings if finding.about == about]
+
+
+def linked(config: SiteConfig, code: str, ends: float | None = None) -> StatusFile:
+    file = StatusFile(up.link_folder(config), config.name, "host:1")
+    file.certificate(ends)
+    file.say(code)
+    return file
+
+
+@pytest.mark.parametrize("code", sorted(set(WORDS) - {"stopped"}))
+def test_what_a_running_link_says_is_passed_on(config: SiteConfig, code: str) -> None:
+    with exclusive(up.link_folder(config) / LOCK, "a link"):
+        linked(config, code)
+        found = status(config, READY)
+    assert of(found, "link") == [("good" if code in GOOD else "wrong", WORDS[code].sentence)]
+    assert found.healthy == (code in GOOD)
+    assert json.loads(json.dumps(found.document(), allow_nan=False))["link"]["code"] == code
+
+
+def test_a_link_that_is_gone_is_not_believed(config: SiteConfig) -> None:
+    assert of(status(config, READY), "link") == [("wrong", "The link is not running.")]
+    linked(config, "connected")
+    assert of(status(config, READY), "link") == [("wrong", "The link is not running.")]
+
+
+def test_a_link_that_is_stuck_is_not_believed(config: SiteConfig) -> None:
+    with exclusive(up.link_folder(config) / LOCK, "a link"):
+        linked(config, "connected")
+        path = up.link_folder(config) / "status.json"
+        value = json.loads(path.read_text())
+        write_json(path, {**value, "written": time.time() - 121})
+        assert "stuck" in of(status(config, READY), "link")[0][1]
+        path.write_text("{")
+        assert "damaged" in of(status(config, READY), "link")[0][1]
+
+
+def test_a_site_without_a_coordinator_is_told_to_join(config: SiteConfig) -> None:
+    config.path.write_text('[site]\nname = "st-anna"\n[data]\nimages = "images"\n')
+    found = status(read_site(config.path), READY)
+    assert of(found, "link") == [("wrong", "The site has joined no coordinator yet.")]
+
+
+@pytest.mark.parametrize(
+    ("said", "level", "words"),
+    [
+        (READY, "good", "The daemon is ready."),
+        ({**READY, "state": "working", "phase": "training", "done": 3, "total": 9}, "good", "training (3 of 9)"),
+        ({**READY, "state": "examining", "done": 1, "total": 2}, "good", "examining the site's data (1 of 2)"),
+        ({**READY, "state": "starting"}, "good", "starting"),
+        ({**READY, "state": "unusable", "code": "no_cohort"}, "wrong", "cannot be used (no_cohort)"),
+        ({"state": "unavailable", "code": "DEADLINE"}, "wrong", "does not answer at its socket (DEADLINE)"),
+        ({}, "wrong", "nothing that is known"),
+    ],
+)
+def test_what_the_daemon_says_in_words(config: SiteConfig, said: dict[str, Any], level: str, words: str) -> None:
+    ((found, sentence),) = of(status(config, said), "daemon")
+    assert found == level
+    assert words in sentence
+
+
+@pytest.mark.parametrize(("days", "words"), [(-1, " ended on "), (29, " ends on "), (31, "")])
+def test_certificates_that_end_soon_are_spoken_of(config: SiteConfig, days: float, words: str) -> None:
+    end = time.time() + days * 86400
+    day = time.strftime("%Y-%m-%d", time.gmtime(end))
+    authority(up.authority(config), days)
+    linked(config, "connected", end)
+    found = of(status(config, READY), "certificate")
+    assert len(found) == (2 if words else 0)
+    assert all(words in sentence and day in sentence for _, sentence in found)
+
+
+def supervised(config: SiteConfig, **child: Any) -> list[tuple[str, str]]:
+    folder = up.logs(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    base = {"pid": 1, "started": time.time(), "restarts": 0, "last_exit": None}
+    write_json(folder / "supervisor.json", {"pid": 1, "started": 0.0, "children": {"link": {**base, **child}}})
+    with exclusive(folder / "supervisor.lock", "a supervisor"):
+        return of(status(config, READY), "supervisor")
+
+
+def test_what_dies_is_told_of(config: SiteConfig) -> None:
+    assert supervised(config) == []
+    assert supervised(config, restarts=3, started=time.time() - 61) == []
+    assert supervised(config, restarts=3) == [("warning", "The link was started again, 3 times by now.")]
+    assert supervised(config, pid=None, last_exit=-9) == [("wrong", "The link ended with exit code -9.")]
+
+
+def test_the_command_prints_json_alone_and_ends_with_1(config: SiteConfig) -> None:
+    run = CliRunner().invoke(site, ["status", str(config.path), "--json"], standalone_mode=False)
+    assert run.return_value == 1
+    value = json.loads(run.stdout)
+    assert value["healthy"] is False
+    assert value["daemon"]["state"] == "unavailable"
+    text = CliRunner().invoke(site, ["status", str(config.path)], standalone_mode=False).stdout
+    assert "The link is not running." in text
+    assert "consilium site up" in text
+
+
+def test_a_site_without_a_state_is_not_run(config: SiteConfig) -> None:
+    with pytest.raises(ConfigError, match="consilium site check"):
+        up.up(config)
+    assert not config.state.exists()
+
+
+def test_nothing_heavy_is_started_by_names_alone(config: SiteConfig) -> None:
+    daemon, link = up.children(config)
+    assert daemon.argv[1:] == ("-P", "-m", "client.daemon", str(config.path))
+    assert link.argv[1:] == ("-P", "-m", "client.link", str(config.path))
+    assert Path(daemon.argv[0]).is_absolute()
+    assert link.env == {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_folder_closed_to_this_user_is_said_to_be(config: SiteConfig) -> None:
+    up.link_folder(config).chmod(0)
+    assert "closed to this user" in of(status(config, READY), "link")[0][1]

@@ -1,0 +1,49 @@
+"""The units of systemd: that systemd takes them as they are, and that the link's has what keeps it from the data."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+UNITS = sorted(DEPLOY.glob("*.service"))
+
+
+def lines(unit: str) -> set[str]:
+    return set((DEPLOY / unit).read_text().splitlines())
+
+
+def test_there_are_three() -> None:
+    names = [f"consilium-{name}.service" for name in ("coordinator", "site-daemon", "site-link")]
+    assert [unit.name for unit in UNITS] == names
+
+
+def said(copy: Path, text: str) -> list[str]:
+    copy.write_text(text)
+    done = subprocess.run(["systemd-analyze", "verify", str(copy)], capture_output=True, text=True)
+    return [line for line in (done.stdout + done.stderr).splitlines() if "consilium" in line]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_systemd_takes_them(unit: Path, tmp_path: Path) -> None:
+    text = unit.read_text()
+    python = "/opt/consilium/bin/python" if "bin/python" in text else "/opt/consilium/bin/consilium"
+    copy = tmp_path / unit.name
+    whole = text.replace(python, "/bin/true")  # it must be there to be run
+    assert said(copy, whole) == []
+    assert said(copy, whole.replace("NoNewPrivileges=", "NoNewPrivilege=")) != []
+
+
+def test_neither_user_of_a_site_can_do_what_the_other_does() -> None:
+    link, daemon = lines("consilium-site-link.service"), lines("consilium-site-daemon.service")
+    assert {"User=consilium-link", "NoNewPrivileges=yes", "ProtectSystem=strict", "PrivateDevices=yes"} <= link
+    assert {"CapabilityBoundingSet=", "SocketBindDeny=any", "ProtectHome=yes"} <= link
+    assert any(line.startswith("InaccessiblePaths=") and "/var/lib/consilium " in line for line in link)
+    assert {"User=consilium", "IPAddressDeny=any", "RestrictAddressFamilies=AF_UNIX AF_NETLINK"} <= daemon
+    assert "InaccessiblePaths=-/var/lib/consilium-link" in daemon
+    for unit in UNITS:
+        assert "RestartPreventExitStatus=2" in lines(unit.name)
