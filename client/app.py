@@ -62,7 +62,7 @@ class _Relayed(ClientApp):
         """Return the answer to a message."""
         kind = message.metadata.message_type
         if kind in REQUEST_OF and message.has_content():
-            return Message(self._relay.answer(kind, message.content), reply_to=message)
+            return Message(self._relay.pass_on(kind, message.content), reply_to=message)
         return Message(refusal("malformed"), reply_to=message)
 
 

@@ -9,6 +9,7 @@ Source: flwr 1.41, `flwr.supercore.superexec.run_superexec` and `flwr.superlink.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -49,6 +50,7 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClient, ProtobufRequestContext
@@ -57,7 +59,7 @@ from flwr.supercore.retry.retry_invoker import RetryState
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
+from flwr.superlink.grid import HttpGrid, http_grid
 
 from common.errors import ConfigError, ConsiliumError
 from server.endpoints import OPERATOR_HEADER, Endpoints, read_secret, sign
@@ -70,6 +72,8 @@ _OTHERS_SECONDS = 30.0  # an engine takes its task at once; one that has not by 
 _PASSING = (502, 503, 504)
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _FAILED = "the engine ended before the run was complete; its own log says why"
+# An object is announced before it is there. Flower waits a second before it asks again, which is most of a short round.
+http_grid.pull_objects = functools.partial(pull_objects, initial_backoff=0.02, backoff_cap=0.5)
 _STUB = '''"""Nothing in this bundle is executed by a hospital.
 
 Flower asks for a bundle with every run. consilium runs the package that is installed at both ends, so this one only

@@ -181,7 +181,7 @@ def _site_check(app: FastAPI) -> Callable[[Headers], Awaitable[bool]]:
 def _is_own(body: bytes) -> bool:
     """Return whether replies bear the name of the site that says it sends them."""
     from flwr.proto.fleet_pb2 import PushMessagesRequest
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     try:
         request = PushMessagesRequest.FromString(body)
