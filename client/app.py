@@ -23,7 +23,7 @@ OpenSite = Callable[[Mapping[str, Any]], Handle]
 class Relay(Protocol):
     """What passes records on to a site: `client.relay.Relay`, which never raises."""
 
-    def answer(self, kind: str, record: RecordDict) -> RecordDict:
+    def pass_on(self, kind: str, record: RecordDict) -> RecordDict:
         """Return the answer to a request of a kind."""
 
 

@@ -73,7 +73,7 @@ _PASSING = (502, 503, 504)
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _FAILED = "the engine ended before the run was complete; its own log says why"
 # An object is announced before it is there. Flower waits a second before it asks again, which is most of a short round.
-http_grid.pull_objects = functools.partial(pull_objects, initial_backoff=0.02, backoff_cap=0.5)
+http_grid.pull_objects = functools.partial(pull_objects, initial_backoff=0.02, backoff_cap=0.5)  # type: ignore[attr-defined]
 _STUB = '''"""Nothing in this bundle is executed by a hospital.
 
 Flower asks for a bundle with every run. consilium runs the package that is installed at both ends, so this one only

@@ -55,6 +55,7 @@ from common.messages import (
     pending,
     to_bytes,
     to_record,
+    unpacked,
 )
 from common.run_config import RunConfig
 from simulations.grid import InProcessGrid
@@ -507,8 +508,7 @@ def test_the_app_of_the_link_passes_records_on(conversation: list[Request], tmp_
         def send(record: RecordDict, kind: str) -> RecordDict:
             (reply,) = grid.send_and_receive([Message(record, dst_node_id=1, message_type=kind)])
             assert not reply.has_error()
-            content: RecordDict = reply.content
-            return content
+            return unpacked(reply.content)
 
         answer = send(to_record(conversation[0]), "query.describe")
         while waiting := pending(answer):
