@@ -133,7 +133,7 @@ def _link(config: SiteConfig) -> tuple[LinkStatus | None, Finding]:
     if not config.toml.coordinator.address:
         remedy = "Run consilium site join with the coordinator's invitation."
         return None, Finding("link", "wrong", "The site has joined no coordinator yet.", remedy)
-    folder = up.link_folder(config)
+    folder = config.link_folder
     try:
         found, running = read_status(folder), holder(folder / LOCK) is not None
     except PermissionError:
@@ -154,7 +154,7 @@ def _certificates(config: SiteConfig, link: LinkStatus | None) -> Iterator[Findi
     if link is not None and link.certificate_ends is not None:
         yield from _ends("the coordinator's certificate", link.certificate_ends)
     try:
-        authority = x509.load_pem_x509_certificate(up.authority(config).read_bytes())
+        authority = x509.load_pem_x509_certificate(config.ca_certificate.read_bytes())
     except (OSError, ValueError):
         return  # the link says so, where it is not merely closed to this user
     yield from _ends("the certificate of the coordinator's authority", authority.not_valid_after_utc.timestamp())

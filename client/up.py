@@ -19,21 +19,6 @@ def logs(config: SiteConfig) -> Path:
     return config.state / "up"
 
 
-def authority(config: SiteConfig) -> Path:
-    """Return the file of the coordinator's authority."""
-    return _beside(config, config.toml.coordinator.ca_certificate or "link/ca.pem")
-
-
-def private_key(config: SiteConfig) -> Path:
-    """Return the file of the site's private key."""
-    return _beside(config, config.toml.coordinator.private_key or "link/node.key")
-
-
-def link_folder(config: SiteConfig) -> Path:
-    """Return the folder of the link: that of its key."""
-    return private_key(config).parent
-
-
 def children(config: SiteConfig) -> tuple[Child, ...]:
     """Return the processes of a site."""
     return tuple(
@@ -56,7 +41,3 @@ def up(config: SiteConfig, report: Callable[[str], None] | None = None) -> None:
     if not config.secret.exists():
         raise ConfigError(f"{config.state}: no state of a site yet; run first: consilium site check {config.path}")
     supervise(children(config), logs(config), report=report)
-
-
-def _beside(config: SiteConfig, path: str) -> Path:
-    return (config.path.parent / Path(path).expanduser()).resolve()

@@ -48,7 +48,7 @@ def of(found: SiteStatus, about: str) -> list[tuple[str, str]]:
 
 
 def linked(config: SiteConfig, code: str, ends: float | None = None) -> StatusFile:
-    file = StatusFile(up.link_folder(config), config.name, "host:1")
+    file = StatusFile(config.link_folder, config.name, "host:1")
     file.certificate(ends)
     file.say(code)
     return file
@@ -56,7 +56,7 @@ def linked(config: SiteConfig, code: str, ends: float | None = None) -> StatusFi
 
 @pytest.mark.parametrize("code", sorted(set(WORDS) - {"stopped"}))
 def test_what_a_running_link_says_is_passed_on(config: SiteConfig, code: str) -> None:
-    with exclusive(up.link_folder(config) / LOCK, "a link"):
+    with exclusive(config.link_folder / LOCK, "a link"):
         linked(config, code)
         found = status(config, READY)
     assert of(found, "link") == [("good" if code in GOOD else "wrong", WORDS[code].sentence)]
@@ -71,9 +71,9 @@ def test_a_link_that_is_gone_is_not_believed(config: SiteConfig) -> None:
 
 
 def test_a_link_that_is_stuck_is_not_believed(config: SiteConfig) -> None:
-    with exclusive(up.link_folder(config) / LOCK, "a link"):
+    with exclusive(config.link_folder / LOCK, "a link"):
         linked(config, "connected")
-        path = up.link_folder(config) / "status.json"
+        path = config.link_folder / "status.json"
         value = json.loads(path.read_text())
         write_json(path, {**value, "written": time.time() - 121})
         assert "stuck" in of(status(config, READY), "link")[0][1]
@@ -109,7 +109,7 @@ def test_what_the_daemon_says_in_words(config: SiteConfig, said: dict[str, Any],
 def test_certificates_that_end_soon_are_spoken_of(config: SiteConfig, days: float, words: str) -> None:
     end = time.time() + days * 86400
     day = time.strftime("%Y-%m-%d", time.gmtime(end))
-    authority(up.authority(config), days)
+    authority(config.ca_certificate, days)
     linked(config, "connected", end)
     found = of(status(config, READY), "certificate")
     assert len(found) == (2 if words else 0)
@@ -159,5 +159,5 @@ def test_nothing_heavy_is_started_by_names_alone(config: SiteConfig) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_folder_closed_to_this_user_is_said_to_be(config: SiteConfig) -> None:
-    up.link_folder(config).chmod(0)
+    config.link_folder.chmod(0)
     assert "closed to this user" in of(status(config, READY), "link")[0][1]
