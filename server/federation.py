@@ -112,9 +112,9 @@ class _Errand:
     site: str
     node: int
     kind: str
-    record: RecordDict
-    weight: tuple[int, int]  # bytes of the record, weights and all else
-    packed: bool = False  # as it travels over a network
+    record: RecordDict  # as it travels
+    weight: tuple[int, int]  # bytes in it, weights and all else
+    packed: bool = False  # over a network
     message: str = ""  # identity of what is out; empty: nothing is
     sent: float = 0.0
     since: str = ""  # of the node that has it
@@ -244,10 +244,17 @@ class Federation:
         kind: str = KINDS[Describe][0],
         within_s: float | None = None,
     ) -> Iterator[Answer]:
-        weights = {id(record): count_bytes(record) for _, record in addressed.values()}
-        errands = [_Errand(site, node, kind, record, weights[id(record)]) for site, (node, record) in addressed.items()]
+        parcels = {id(record): self._parcel(record) for _, record in addressed.values()}
+        errands = [
+            _Errand(site, node, kind, *parcels[id(record)], packed=self._network is not None)
+            for site, (node, record) in addressed.items()
+        ]
         deadline_s = self._deadline_s if within_s is None else within_s
         yield from _Exchange(self._grid, self._network, self._watch, expected).answers(errands, deadline_s)
+
+    def _parcel(self, record: RecordDict) -> tuple[RecordDict, tuple[int, int]]:
+        """Return records as they travel, and the bytes in them: weights and all else."""
+        return (packed(to_bytes(record)) if self._network else record), count_bytes(record)
 
 
 class _Exchange:
