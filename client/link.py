@@ -27,8 +27,9 @@ from flwr.clientapp import ClientApp
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 
 from client.app import make_relay
+from client.authority import read_authority
 from client.link_exchange import UNDELIVERABLE, Unreadable, ask, pull, push
-from client.link_session import Client, Session, read_authority
+from client.link_session import Client, Session
 from client.link_status import LOCK, StatusFile
 from client.link_trouble import code_of
 from client.relay import Relay

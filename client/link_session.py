@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import ssl
 import threading
@@ -26,7 +27,6 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from client.link_status import StatusFile
 from client.link_trouble import Trouble, flower_code
 from client.site_config import Coordinator
-from common.errors import ConfigError
 from common.files import write_atomic
 from common.node_key import PrivateKey
 
@@ -37,26 +37,6 @@ _TIMEOUT = 30.0
 _HURRY = 3.0  # seconds for the last word when stopping
 
 _log = logging.getLogger("consilium.link")
-
-
-def read_authority(path: Path) -> ssl.SSLContext:
-    """Return what trusts the coordinator's authority and no other.
-
-    Raises:
-        ConfigError: the certificate is missing or is none.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_verify_locations(cadata=path.read_text("ascii"))
-    except (ssl.SSLError, ValueError):  # ValueError: not ASCII, or empty
-        raise ConfigError(f"{path}: not a certificate, expected the PEM file of the coordinator's authority") from None
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: the coordinator's certificate cannot be read ({error.strerror}); "
-            "`consilium site join` takes it from the invitation"
-        ) from None
-    return context
 
 
 class Client(FleetHttpClient):
@@ -93,11 +73,12 @@ class Session:
 
     Args:
         client: how to speak with it.
-        memory: the file of the number by which the coordinator knew this site last.
+        memory: the file of the number by which the coordinator knew this key last.
     """
 
     def __init__(self, client: Client, memory: Path) -> None:
         self._memory = memory
+        self._mark = hashlib.sha256(client.public_key).hexdigest()
         self._over = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self.client = client
@@ -160,15 +141,16 @@ class Session:
 
     def _known(self) -> int | None:
         try:
-            number = int(self._memory.read_text("ascii"))
+            number, mark = self._memory.read_text("ascii").split()
+            node_id = int(number)
         except (OSError, ValueError):
             return None
-        return number if 0 < number < 2**64 else None
+        return node_id if 0 < node_id < 2**64 and mark == self._mark else None
 
     def _remember(self, node_id: int) -> None:
         if self._known() != node_id:
             try:
-                write_atomic(self._memory, f"{node_id}\n".encode(), mode=0o600)
+                write_atomic(self._memory, f"{node_id} {self._mark}\n".encode(), mode=0o600)
             except OSError as error:  # the next restart after a crash takes a minute, that is all
                 _log.warning("node_id cannot be written (%s)", error.strerror)
 

@@ -13,6 +13,7 @@ from cryptography import x509
 
 from client import up
 from client.link_status import GOOD, LOCK, LinkStatus, read_status
+from client.refused import REFUSED
 from client.relay import Relay
 from client.site_config import SiteConfig
 from common.locks import holder
@@ -32,7 +33,7 @@ _LOG = "Look at the end of {}."
 class Finding:
     """One thing that can be said of a site."""
 
-    about: str  # supervisor, daemon, link, certificate
+    about: str  # supervisor, daemon, request, link, certificate
     level: str  # good, warning, wrong
     sentence: str
     remedy: str = ""
@@ -74,7 +75,7 @@ def status(config: SiteConfig, daemon: Mapping[str, Any]) -> SiteStatus:
     """
     supervisor, amiss = _supervisor(config)
     link, said = _link(config)
-    findings = (*amiss, _daemon(config, daemon), said, *_certificates(config, link))
+    findings = (*amiss, _daemon(config, daemon), *_refused(daemon), said, *_certificates(config, link))
     return SiteStatus(config.name, findings, supervisor, daemon, link)
 
 
@@ -123,6 +124,16 @@ def _daemon(config: SiteConfig, said: Mapping[str, Any]) -> Finding:
     if state not in words:
         return Finding("daemon", "wrong", "The daemon says nothing that is known.", "Install one version of both.")
     return Finding("daemon", "good", words[state])
+
+
+def _refused(said: Mapping[str, Any]) -> Iterator[Finding]:
+    """Tell of the last refusal, if a person can do something about it; it may be of long ago."""
+    found = said.get("refused") or {}
+    words = REFUSED.get(str(found.get("code")))
+    if words is None:
+        return
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(found.get("at") or 0)))
+    yield Finding("request", "warning", f"A request was refused at {when}: {words[0]} ({found['code']}).", words[1])
 
 
 def _share(said: Mapping[str, Any]) -> str:

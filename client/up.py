@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from client.authority import read_authority
 from client.site_config import SiteConfig
 from common.errors import ConfigError
+from common.node_key import read_key
 from common.supervisor import Child, supervise
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
@@ -38,6 +40,23 @@ def up(config: SiteConfig, report: Callable[[str], None] | None = None) -> None:
         ConfigError: the site has no state yet, or a process cannot run as it is configured.
         ConsiliumError: the site is up already.
     """
-    if not config.secret.exists():
-        raise ConfigError(f"{config.state}: no state of a site yet; run first: consilium site check {config.path}")
+    check(config)
     supervise(children(config), logs(config), report=report)
+
+
+def check(config: SiteConfig) -> None:
+    """Look at what both processes need, before either is started: the first thing that is wrong is the only one said.
+
+    Raises:
+        ConfigError: something is not as it must be.
+    """
+    coordinator = config.coordinator()
+    try:
+        there = config.secret.exists()
+    except OSError as error:
+        raise ConfigError(f"{config.state}: the site's state cannot be read ({error.strerror})") from None
+    if not there:
+        raise ConfigError(f"{config.state}: no state of a site yet; run first: consilium site check {config.path}")
+    read_key(coordinator.private_key)
+    read_authority(coordinator.ca_certificate)
+    _ = config.socket, config.peers  # refuse what they cannot be

@@ -136,10 +136,10 @@ class _Errand:
         self.traffic = self.traffic + Traffic(weights_down=weights, other_down=other)
         return Message(record, dst_node_id=self.node, message_type=kind)
 
-    def again(self) -> None:
-        """Send the request anew, the later the more often that failed."""
-        self.message, self.ticket = "", ""
-        self.due = time.monotonic() + min(10.0, 0.5 * 2**self.failures)
+    def again(self, *, unknown: bool = False) -> None:
+        """Send once more what was out, the later the more often that failed; if its ticket is unknown, the request."""
+        self.message, self.ticket = "", "" if unknown else self.ticket
+        self.due = time.monotonic() + min(10.0, 0.1 * 3**self.failures)
         self.failures += 1
 
     def wait(self, found: Pending) -> None:
@@ -349,7 +349,7 @@ class _Exchange:
         """Return a failure as the answer, or None where a network may be at fault and the request goes out again."""
         if again and self._network:
             self._watch(errand.site, reason, 0, 0)
-            errand.again()
+            errand.again(unknown=reason == "unknown_ticket")
             return None
         return Answer(errand.site, None, status, reason, errand.traffic)
 
