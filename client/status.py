@@ -163,22 +163,23 @@ def _link(config: SiteConfig) -> tuple[LinkStatus | None, Finding]:
 
 def _certificates(config: SiteConfig, link: LinkStatus | None) -> Iterator[Finding]:
     if link is not None and link.certificate_ends is not None:
-        yield from _ends("the coordinator's certificate", link.certificate_ends)
+        remedy = "Tell the coordinator, who renews it."
+        yield from _ends("the coordinator's certificate", link.certificate_ends, remedy)
     try:
         authority = x509.load_pem_x509_certificate(config.ca_certificate.read_bytes())
     except (OSError, ValueError):
         return  # the link says so, where it is not merely closed to this user
-    yield from _ends("the certificate of the coordinator's authority", authority.not_valid_after_utc.timestamp())
+    remedy = "Ask the coordinator for a new invitation, then run consilium site join with it and --again."
+    end = authority.not_valid_after_utc.timestamp()
+    yield from _ends("the certificate of the coordinator's authority", end, remedy)
 
 
-def _ends(what: str, end: float) -> Iterator[Finding]:
+def _ends(what: str, end: float, remedy: str) -> Iterator[Finding]:
     left = end - time.time()
     day = time.strftime("%Y-%m-%d", time.gmtime(end))
     if left < ENDS_SOON:
         verb = "ends" if left > 0 else "ended"
-        yield Finding(
-            "certificate", "warning", f"{what[0].upper()}{what[1:]} {verb} on {day}.", "Tell the coordinator."
-        )
+        yield Finding("certificate", "warning", f"{what[0].upper()}{what[1:]} {verb} on {day}.", remedy)
 
 
 def _reason(error: OSError) -> str:
