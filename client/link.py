@@ -39,8 +39,11 @@ from common.locks import exclusive
 from common.messages import refusal
 from common.node_key import PrivateKey, read_key
 
-SHORTEST_PAUSE, LONGEST_PAUSE, PAUSE_SHARE = 0.05, 3.0, 0.1
-"""Seconds between two questions for work, at least and at most, and in between as a share of those since the last."""
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 3.0
+"""Seconds between two questions for work, at least and at most."""
+
+QUIET_SHARE, ANSWER_SHARE = 0.1, 4.0
+"""What they are in between: shares of the seconds since the last message, and of those that the last answer took."""
 
 FIRST_WAIT, LAST_WAIT = 0.5, 20.0
 """Seconds to wait after trouble: at first, and at most."""
@@ -74,17 +77,21 @@ def run(settings: LinkSettings, app: ClientApp, stop: threading.Event | None = N
         _Link(settings, app, key, tls, stop or threading.Event()).run()
 
 
-def pause(quiet: float) -> float:
-    """Return the seconds until the next question for work, after so many of them without any.
+def pause(quiet: float, took: float = 0.0) -> float:
+    """Return the seconds until the next question for work.
 
-    A site that others are waited for is asked again soon after the last of them is done, whatever a round takes; and
-    many sites that wait do not keep the coordinator busy with saying no.
+    A site that others are waited for is asked again soon after the last of them is done, whatever a round takes. And
+    many sites that wait do not keep the coordinator busy with saying no: the slower it answers, the less it is asked.
+
+    Args:
+        quiet: seconds since the last message.
+        took: seconds until the last question was answered.
 
     Examples:
         >>> [pause(seconds) for seconds in (0, 5, 3600)]
         [0.05, 0.5, 3.0]
     """
-    return min(LONGEST_PAUSE, max(SHORTEST_PAUSE, PAUSE_SHARE * quiet))
+    return min(LONGEST_PAUSE, max(SHORTEST_PAUSE, QUIET_SHARE * quiet, ANSWER_SHARE * took))
 
 
 class _Link:
@@ -132,14 +139,16 @@ class _Link:
     def _serve(self, session: Session) -> None:
         last = time.monotonic()
         while not self._stop.is_set():
+            begin = time.monotonic()
             found = ask(session)
+            took = time.monotonic() - begin
             self._wait = FIRST_WAIT
             if found is not None:
                 self._status.say("working")
                 self._answer(session, found)
                 last = time.monotonic()
             self._status.say("connected")
-            self._stop.wait(pause(time.monotonic() - last))
+            self._stop.wait(pause(time.monotonic() - last, took))
 
     def _answer(self, session: Session, found: PullMessagesResponse) -> None:
         """Answer a message; an answer that is not taken is dropped: the coordinator asks again.

@@ -655,6 +655,12 @@ def test_pauses_grow_with_the_time_since_the_last_message() -> None:
     assert all(found <= max(SHORTEST_PAUSE, seconds / 10) for found, seconds in zip(pauses, times, strict=True))
 
 
+def test_a_coordinator_that_answers_slowly_is_asked_less() -> None:
+    assert pause(0, 0.01) == SHORTEST_PAUSE
+    for took in (0.05, 0.1, 0.5, 1.0, 30.0):
+        assert pause(0, took) == min(4 * took, LONGEST_PAUSE)
+
+
 def test_an_authority_that_cannot_be_used_is_one_line(settings: LinkSettings) -> None:
     path = settings.coordinator.ca_certificate
     read_authority(path)
