@@ -258,9 +258,9 @@ def status(path: Path, as_json: bool) -> int:
     Exit code: 0 nothing is wrong, 1 something is, 2 wrong configuration.
     """  # noqa: D301
     from client import status as standing
-    from client.site_config import read_site
+    from client.site_config import read_any_site
 
-    config = read_site(path)
+    config = read_any_site(path)
     found = standing.status(config, standing.ask(config))
     if as_json:
         _print_json(found.document())

@@ -115,9 +115,9 @@ class _Errand:
     site: str
     node: int
     kind: str
-    record: RecordDict
-    weight: tuple[int, int]  # bytes of the record, weights and all else
-    packed: bool = False  # as it travels over a network
+    record: RecordDict  # as it travels
+    weight: tuple[int, int]  # bytes in it, weights and all else
+    packed: bool = False  # over a network
     message: str = ""  # identity of what is out; empty: nothing is
     sent: float = 0.0
     since: str = ""  # of the node that has it
@@ -141,10 +141,10 @@ class _Errand:
         self.traffic = self.traffic + Traffic(weights_down=weights, other_down=other)
         return Message(record, dst_node_id=self.node, message_type=kind)
 
-    def again(self) -> None:
-        """Send the request anew, the later the more often that failed."""
-        self.message, self.ticket = "", ""
-        self.due = time.monotonic() + min(10.0, 0.5 * 2**self.failures)
+    def again(self, *, unknown: bool = False) -> None:
+        """Send once more what was out, the later the more often that failed; if its ticket is unknown, the request."""
+        self.message, self.ticket = "", "" if unknown else self.ticket
+        self.due = time.monotonic() + min(10.0, 0.1 * 3**self.failures)
         self.failures += 1
 
     def wait(self, found: Pending) -> None:
@@ -255,11 +255,18 @@ class Federation:
         *,
         preparing: bool,
     ) -> Iterator[Answer]:
-        weights = {id(record): count_bytes(record) for _, record in addressed.values()}
-        errands = [_Errand(site, node, kind, record, weights[id(record)]) for site, (node, record) in addressed.items()]
+        parcels = {id(record): self._parcel(record) for _, record in addressed.values()}
+        errands = [
+            _Errand(site, node, kind, *parcels[id(record)], packed=self._network is not None)
+            for site, (node, record) in addressed.items()
+        ]
         deadline_s = self._deadline_s if within_s is None else within_s
         exchange = _Exchange(self._grid, self._network, self._watch, expected, preparing=preparing)
         yield from exchange.answers(errands, deadline_s)
+
+    def _parcel(self, record: RecordDict) -> tuple[RecordDict, tuple[int, int]]:
+        """Return records as they travel, and the bytes in them: weights and all else."""
+        return (packed(to_bytes(record)) if self._network else record), count_bytes(record)
 
 
 class _Exchange:
@@ -360,7 +367,7 @@ class _Exchange:
         """Return a failure as the answer, or None where a network may be at fault and the request goes out again."""
         if again and self._network:
             self._watch(errand.site, reason, 0, 0)
-            errand.again()
+            errand.again(unknown=reason == "unknown_ticket")
             return None
         return Answer(errand.site, None, status, reason, errand.traffic)
 
