@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 MANUAL = ROOT / "docs" / "federation.md"
 SCRIPT = "from common.cli import main; main()"
 ADDRESS = "coordinator.example.org:9443"
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 def blocks(*languages: str) -> list[tuple[str, str]]:
