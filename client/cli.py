@@ -1,4 +1,4 @@
-"""`consilium site`: one hospital's own data. Nothing heavy is imported before a command runs."""
+"""`consilium site`: one hospital. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ site_option = click.option(
 
 @click.group(cls=Group, context_settings=_SETTINGS)
 def site() -> None:
-    """Look after one hospital's own data; nothing of them leaves this machine.
+    """Look after one hospital: its data, which stay on this machine, and its part in a federation.
 
     \b
     Example:
-      consilium site init radiology --images /data/chest --labels /data/chest.csv
+      consilium site init radiology --name st-anna --images /data/chest --labels /data/chest.csv
       consilium site check radiology/site.toml
+      consilium site join st-anna.invitation.json --site radiology/site.toml
+      consilium site up radiology/site.toml
     """  # noqa: D301  click wants the backspace itself
 
 
@@ -231,8 +233,8 @@ def up(path: Path, quiet: bool) -> int:
     Example:
       consilium site up radiology/site.toml
 
-    What ends is started again; what the two write is in up/ of the site's state.
-    Exit code: 0 stopped, 1 the site is up already, 2 wrong configuration.
+    The site has been checked and has joined before. What ends is started again; what the two write is in up/ of the
+    site's state. Exit code: 0 stopped, 1 the site is up already, 2 wrong configuration.
     """  # noqa: D301
     from client import up as running
     from client.site_config import read_site

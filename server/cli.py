@@ -113,6 +113,7 @@ def enrol(document: Path, path: Path, replace: bool, as_json: bool) -> int:
     Example:
       consilium server enrol st-anna.enrolment.json --server chest/server.toml
 
+    A server that is up lets it in at once. Compare the fingerprint that is printed with what the hospital reads out.
     Exit code: 0 done, 1 its token is not good, or its name or key is taken, 2 wrong use, or the file is none.
     """  # noqa: D301
     from server import enrolment
@@ -170,7 +171,7 @@ def remove(name: str, path: Path, as_json: bool) -> int:
     Example:
       consilium server remove st-anna --server chest/server.toml
 
-    Exit code: 0 done, 1 there is no such site, 2 wrong use.
+    The key is never taken again. Exit code: 0 done, 1 there is no such site, 2 wrong use.
     """  # noqa: D301
     from server import enrolment
     from server.server_config import read_server
@@ -207,7 +208,7 @@ def renew(path: Path, as_json: bool) -> int:
         _print_json(certificate)
         return 0
     click.echo(f"{_shown(config.certificate)}: until {certificate['expires']}, {certificate['days_left']} days")
-    click.echo("A server, or a proxy before it, that is running takes it up when it is started again.")
+    click.echo("A server that is running takes it up within seconds; a proxy before it has to be given it.")
     return 0
 
 
