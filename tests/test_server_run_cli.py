@@ -451,7 +451,7 @@ def test_up_twice(coordinator: Coordinator) -> None:
     ("changes", "message"),
     [
         ({"data": {"preset": "chest"}}, "plan.toml: preset: got 'chest', expected"),
-        ({"model": {"backbone": "resnet1"}}, "plan.toml: --backbone resnet1"),
+        ({"model": {"backbone": "resnet1"}}, "plan.toml: --backbone: got 'resnet1', expected"),
         ({"model": {"weights": "best"}}, "plan.toml: --weights: got 'best'"),
         ({"training": {"strategy": "krum"}}, "plan.toml: --strategy krum: needs at least"),
     ],
