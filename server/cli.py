@@ -217,10 +217,14 @@ for command in (run_cli.up, run_cli.run, run_cli.status, run_cli.stop, run_cli.r
 
 
 def _call_roll(config: ServerConfig) -> None:
-    """Tell a SuperLink that is up whom to let in."""
+    """Tell a SuperLink that is up whom to let in; what was recorded stands in any case."""
+    from common.errors import ConsiliumError
     from server import roll
 
-    roll.call(config)
+    try:
+        roll.call(config)
+    except ConsiliumError as error:
+        click.echo(f"warning: recorded, but the SuperLink does not follow: {error}", err=True)
 
 
 def _certificate(config: ServerConfig) -> dict[str, Any]:

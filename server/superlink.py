@@ -67,6 +67,17 @@ def serve(endpoints: Endpoints, ready: Callable[[], None] | None = None) -> None
         asyncio.run(_run(app, servers, (inner, public), _renewal(endpoints, context), ready))
 
 
+def check_free(endpoints: Endpoints) -> None:
+    """Check that both listeners can be had now.
+
+    Raises:
+        ConfigError: an address that is none of this machine.
+        ConsiliumError: a port is in use.
+    """
+    with _bind("127.0.0.1", endpoints.operator_port), _bind(*endpoints.public()):
+        pass
+
+
 def prepare_process() -> None:
     """Set what a process of its own needs: where its log goes, silence of dependencies, files for nobody else."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)

@@ -56,7 +56,7 @@ def rehearse(job: Job, progress: Progress) -> tuple[Path, dict[str, Any]]:
     _check(job)
     scene = set_scene(continued(job), job.cache, progress)
     folder = open_folder(job, scene.run)
-    with _stage(scene, folder, progress) as config:
+    with stage(scene, folder, progress) as config:
         server_runs.remember(config, folder)
         server_runs.launch(config, folder)
         status = _followed(config, folder, progress)
@@ -109,7 +109,7 @@ def _completed(scene: Scene, folder: Path, job: Job, progress: Progress, begin: 
 
 
 @contextmanager
-def _stage(scene: Scene, folder: Path, progress: Progress) -> Iterator[ServerConfig]:
+def stage(scene: Scene, folder: Path, progress: Progress) -> Iterator[ServerConfig]:
     """Set up a coordinator and its sites, and take everything away again; after a failure what they said stays."""
     root = Path(tempfile.mkdtemp(prefix="consilium-"))
     try:
