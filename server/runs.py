@@ -26,6 +26,7 @@ from common.errors import ConfigError, ConsiliumError, UsageError
 from common.files import write_atomic, write_json
 from common.run_config import RunConfig, Task, build
 from common.strict import read_toml
+from common.supervisor import bound_to
 from server import board
 from server.endpoints import QUIET
 from server.enrolment import enrolled
@@ -182,8 +183,13 @@ def _starting(config: ServerConfig) -> Iterator[None]:
         os.close(handle)
 
 
-def launch(config: ServerConfig, folder: Path) -> None:
-    """Start the engine of a run in a session of its own: it goes on when the terminal is closed.
+def launch(config: ServerConfig, folder: Path, *, bound: bool = False) -> subprocess.Popen[bytes]:
+    """Start the engine of a run in a session of its own, and return it once it shows where it is.
+
+    Args:
+        config: the coordinator.
+        folder: the run's.
+        bound: whether the engine ends with the process, and the thread, that calls this; else it goes on.
 
     Raises:
         ConsiliumError: another run is being driven, or the engine does not come up.
@@ -203,8 +209,16 @@ def launch(config: ServerConfig, folder: Path) -> None:
                 stderr=log,
                 start_new_session=True,
                 env={**os.environ, **QUIET},
+                preexec_fn=bound_to(os.getpid()) if bound else None,
             )
-        _await(process, folder, None if before is None else before.get("pid"))
+        try:
+            _await(process, folder, None if before is None else before.get("pid"))
+        except BaseException:
+            if bound:
+                process.kill()
+                process.wait()
+            raise
+        return process
 
 
 def _await(process: subprocess.Popen[bytes], folder: Path, old: object) -> None:
