@@ -36,7 +36,7 @@ PLAN = {
     "simulation": {"sites": 3, "partition": "iid", "baselines": False, "device": "cpu"},
     "model": {"backbone": "test_efficientnet", "weights": "none", "init": "zero"},
     "data": {"image_size": 32, "views": 1},
-    "training": {"rounds": ROUNDS, "local_steps": 2500, "lr": 0.001},
+    "training": {"rounds": ROUNDS, "local_steps": 600, "lr": 0.001},
 }
 LIMIT = 150.0
 """Seconds for whatever is waited for: far more than it takes where cores are free."""
