@@ -9,7 +9,7 @@ of round r + 1, and the last ones by an exchange of their own. Round 0 is the st
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,7 @@ class Coordinator:
                 held = answer.reply.trunk_sha256 == self._run.model.trunk_sha256
                 self._cast.transfers[site] = 0 if held else 1
                 self._received[site] = answer.reply.trunk_bytes
-        require_quorum(len(self._cast.support), self._quorum, len(names), "setup")
+        self._require_quorum(self._cast.support, "setup")
         if self._start.every_label:
             census.check_labels(self._pooled_support(), self._run.task.labels)
 
@@ -222,8 +222,13 @@ class Coordinator:
             answers[answer.site] = answer
             if answer.reply is None:
                 self._drop(answer)
-        require_quorum(len(self._cast.support), self._quorum, len(self._run.sites.names), phase)
+        self._require_quorum(self._cast.support, phase)
         return answers
+
+    def _require_quorum(self, usable: Collection[str], what: str) -> None:
+        names = self._run.sites.names
+        missing = {site: self._cast.status.get(site, "lost(absent)") for site in names if site not in usable}
+        require_quorum(len(usable), self._quorum, len(names), what, missing)
 
     def _drop(self, answer: Answer) -> None:
         self._cast.note(answer)
@@ -299,7 +304,7 @@ class Coordinator:
                     self._cast.status[expected] = "contributed"
                     total = part if total is None else total + part
                 expected = next(order, "")
-        require_quorum(len(self._cast.support), self._quorum, len(self._run.sites.names), "statistics")
+        self._require_quorum(self._cast.support, "statistics")
         assert total is not None  # noqa: S101  the quorum is at least one site
         return total
 
@@ -362,7 +367,7 @@ class Coordinator:
         for answer in self._federation.ask(dict.fromkeys(self._cast.ready, request)):
             tally.add(self._admit_round(answer, current.edges))
             self._cast.status[answer.site] = tally.status(answer.site)
-        require_quorum(len(tally.contributions), self._quorum, len(self._run.sites.names), f"round {number}")
+        self._require_quorum([one.site for one in tally.contributions], f"round {number}")
         judged = self._judged(current, Measured(current.edges, tally.evaluations))
         weights = aggregator.aggregate(number, received, tally.contributions)
         seconds = time.monotonic() - begin
@@ -444,7 +449,7 @@ class Coordinator:
                     self._cast.status[answer.site] = f"quarantined({rejected})"
             else:
                 self._cast.note(answer)
-        require_quorum(len(found), self._quorum, len(self._run.sites.names), phase)
+        self._require_quorum(found, phase)
         return Measured(edges, found)
 
     def _test(self, current: RunState) -> Measured:

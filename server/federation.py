@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 from flwr.app import Message, RecordDict
@@ -44,6 +45,9 @@ LOOK_S = 1.0
 
 LONGEST_EXCHANGE_S, SLOWEST_BYTES_S = 60.0, 50_000
 """An answer that is later than this many seconds and bytes a second was lost on the way, and is asked for again."""
+
+NAMED = 5
+"""Sites that an error names at most."""
 
 AGAIN = frozenset({"unavailable", "unknown_ticket"})
 """Refusals that a site gets over by itself: its daemon is starting, or was started anew."""
@@ -374,14 +378,25 @@ def _attempt_s(weight: tuple[int, int]) -> float:
     return LONGEST_EXCHANGE_S + sum(weight) / SLOWEST_BYTES_S
 
 
-def require_quorum(usable: int, quorum: int, total: int, what: str) -> None:
+def require_quorum(
+    usable: int, quorum: int, total: int, what: str, missing: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Check that enough sites are in.
+
+    Args:
+        usable: sites that are.
+        quorum: how many must be.
+        total: how many the run has.
+        what: the phase.
+        missing: what became of the others, by site.
 
     Raises:
         QuorumLost: too few, with what to do.
     """
     if usable < quorum:
+        named = [f"{site} {status}" for site, status in sorted(missing.items())]
+        told = f" ({', '.join(named[:NAMED])}{', …' if len(named) > NAMED else ''})" if named else ""
         raise QuorumLost(
-            f"{what}: {usable} of {total} sites gave a usable answer, the quorum is {quorum}; "
+            f"{what}: {usable} of {total} sites gave a usable answer{told}, the quorum is {quorum}; "
             "mend the sites and run again with --resume, or start a run with a lower --quorum"
         )

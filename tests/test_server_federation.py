@@ -360,6 +360,14 @@ def test_a_quorum_that_holds_says_nothing():
     require_quorum(3, 3, 5, "round 4")
 
 
+def test_a_lost_quorum_names_a_few_of_the_sites_that_are_missing():
+    missing = {f"site-{number}": "refused(policy)" for number in range(7)}
+    with pytest.raises(QuorumLost, match=r"answer \(site-0 refused\(policy\), .*site-4 refused\(policy\), …\), the"):
+        require_quorum(2, 3, 9, "setup", missing)
+    with pytest.raises(QuorumLost, match=r"answer \(site-1 lost\(absent\)\), the quorum"):
+        require_quorum(2, 3, 3, "setup", {"site-1": "lost(absent)"})
+
+
 def test_a_lost_quorum_says_where_how_many_and_what_to_do():
     with pytest.raises(QuorumLost) as caught:
         require_quorum(2, 3, 5, "round 4")
