@@ -45,7 +45,7 @@ PATIENCE_S = 90.0
 STOP_S = 20.0
 """Seconds that all processes have to end by themselves."""
 
-_PREFIX = "consilium-"
+_PREFIX = "consilium-stage-"
 _SAID = "said.log"
 
 Progress = Callable[[str, int, int], None]

@@ -69,7 +69,7 @@ def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setenv("TMPDIR", str(folder))
     yield folder
-    left = [path.name for path in folder.glob("consilium-*")]
+    left = [path.name for path in folder.glob("consilium-stage-*")]
     shutil.rmtree(folder)
     assert not left
 
@@ -166,7 +166,7 @@ def test_ended_and_killed_it_leaves_no_process_and_goes_on(tmp_path: Path, scrat
     _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 1 and "Traceback" not in errors and "interrupted" in errors
     until(lambda: gone(seen))
-    assert not [*scratch.glob("consilium-*")] and [*(output / "logs").rglob("*.log")]
+    assert not [*scratch.glob("consilium-stage-*")] and [*(output / "logs").rglob("*.log")]
 
     process = started("rehearse", *command(data, cache, output, *more, "--resume"))
     until(lambda: (output / "state/round-000001.safetensors").exists() or process.poll() is not None)
@@ -175,7 +175,7 @@ def test_ended_and_killed_it_leaves_no_process_and_goes_on(tmp_path: Path, scrat
     process.communicate(timeout=LIMIT)
     assert len(seen) >= 9
     until(lambda: gone(seen))
-    assert [*scratch.glob("consilium-*")], "who was killed cannot clean up: the next one does"
+    assert [*scratch.glob("consilium-stage-*")], "who was killed cannot clean up: the next one does"
 
     process = started("rehearse", *command(data, cache, output, "--resume", *more))
     _, errors = process.communicate(timeout=LIMIT)
@@ -213,14 +213,14 @@ def test_a_site_that_no_hospital_can_be_called_is_refused_before_anything_is_mad
 
 
 def test_what_a_killed_rehearsal_left_is_taken_away_and_nothing_else(scratch: Path) -> None:
-    for name in ("consilium-dead", "consilium-alive", "consilium-other"):
+    for name in ("consilium-stage-dead", "consilium-stage-alive", "consilium-stage-other"):
         (scratch / name).mkdir()
     for name in ("dead", "alive"):
-        (scratch / f"consilium-{name}/lock").touch()
-    with (scratch / "consilium-alive/lock").open("rb") as lock:
+        (scratch / f"consilium-stage-{name}/lock").touch()
+    with (scratch / "consilium-stage-alive/lock").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with _root() as own:
             left = {path.name for path in scratch.iterdir()}
-    assert left == {"consilium-alive", "consilium-other", own.name}
-    for name in ("consilium-alive", "consilium-other"):
+    assert left == {"consilium-stage-alive", "consilium-stage-other", own.name}
+    for name in ("consilium-stage-alive", "consilium-stage-other"):
         shutil.rmtree(scratch / name)
