@@ -13,12 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from common.errors import QuorumLost, SiteRefusal
+from common.errors import SiteRefusal
 from common.messages import (
     KINDS,
     Collect,
@@ -397,16 +398,3 @@ class _Exchange:
 def _attempt_s(weight: tuple[int, int]) -> float:
     """Return how long a message and its answer may be on their way: no site works on one for longer than seconds."""
     return LONGEST_EXCHANGE_S + sum(weight) / SLOWEST_BYTES_S
-
-
-def require_quorum(usable: int, quorum: int, total: int, what: str) -> None:
-    """Check that enough sites are in.
-
-    Raises:
-        QuorumLost: too few, with what to do.
-    """
-    if usable < quorum:
-        raise QuorumLost(
-            f"{what}: {usable} of {total} sites gave a usable answer, the quorum is {quorum}; "
-            "mend the sites and run again with --resume, or start a run with a lower --quorum"
-        )

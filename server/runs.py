@@ -28,6 +28,7 @@ from common.errors import ConfigError, ConsiliumError, UsageError
 from common.files import write_atomic, write_json
 from common.run_config import RunConfig, Task, build
 from common.strict import read_toml
+from common.supervisor import bound_to
 from server import board
 from server.endpoints import QUIET
 from server.enrolment import enrolled
@@ -289,22 +290,27 @@ def begin(config: ServerConfig, run: RunConfig, folder: Path | None) -> Path:
     with _starting(config):
         check_idle(config)
         place = make_folder(config, run, folder)
-        _launch(config, place)
+        _launch(config, place, bound=False)
     return place
 
 
-def launch(config: ServerConfig, folder: Path) -> None:
-    """Start the engine of a run that has its folder, unless another run is being driven.
+def launch(config: ServerConfig, folder: Path, *, bound: bool = False) -> subprocess.Popen[bytes]:
+    """Start the engine of a run that has its folder, and return it once it shows where it is.
+
+    Args:
+        config: the coordinator.
+        folder: the run's.
+        bound: whether the engine ends with the process, and the thread, that calls this; else it goes on.
 
     Raises:
         ConsiliumError: another run is being driven, or the engine does not come up.
     """
     with _starting(config):
         check_idle(config)
-        _launch(config, folder)
+        return _launch(config, folder, bound=bound)
 
 
-def _launch(config: ServerConfig, folder: Path) -> None:
+def _launch(config: ServerConfig, folder: Path, *, bound: bool) -> subprocess.Popen[bytes]:
     """Start an engine in a session of its own, so that it goes on when the terminal is closed."""
     before = _identity(folder)
     try:
@@ -317,10 +323,18 @@ def _launch(config: ServerConfig, folder: Path) -> None:
                 stderr=log,
                 start_new_session=True,
                 env={**os.environ, **QUIET},
+                preexec_fn=bound_to(os.getpid()) if bound else None,
             )
     except OSError as error:
         raise ConsiliumError(f"{folder}: the engine cannot be started ({error.strerror})") from None
-    _await(process, folder, before, said)
+    try:
+        _await(process, folder, before, said)
+    except BaseException:
+        if bound:
+            process.kill()
+            process.wait()
+        raise
+    return process
 
 
 def _identity(folder: Path) -> object:

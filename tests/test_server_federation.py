@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.clientapp import ClientApp
 
 from client.app import make_app
-from common.errors import QuorumLost, SiteRefusal
+from common.errors import SiteRefusal
 from common.messages import (
     REFUSALS,
     Collect,
@@ -29,7 +29,7 @@ from common.messages import (
     to_record,
 )
 from server import federation as module
-from server.federation import Federation, Network, Present, Traffic, require_quorum
+from server.federation import Federation, Network, Present, Traffic
 from simulations.grid import Fault, InProcessGrid
 
 NAMES = ("a", "b", "c")
@@ -351,45 +351,6 @@ def test_sites_can_be_sent_requests_of_their_own():
 
 def test_nobody_asked_nobody_answers():
     assert list(joined(grid_of(*NAMES)).ask({})) == []
-
-
-# ----------------------------------------------------------------------------------------------------- quorum
-
-
-def test_a_quorum_that_holds_says_nothing():
-    require_quorum(3, 3, 5, "round 4")
-
-
-def test_a_lost_quorum_says_where_how_many_and_what_to_do():
-    with pytest.raises(QuorumLost) as caught:
-        require_quorum(2, 3, 5, "round 4")
-    text = str(caught.value)
-    assert text.startswith("round 4: 2 of 5 sites gave a usable answer, the quorum is 3")
-    assert "--resume" in text
-    assert "--quorum" in text
-    assert "\n" not in text
-
-
-def test_settled_values_reach_every_site_unchanged():
-    heard = {}
-
-    def open_site(node):
-        station = Station(NAMES[node["partition-id"]])
-
-        def handle(request):
-            if isinstance(request, Freeze):
-                heard[station.name] = request
-            return station.handle(request)
-
-        return handle
-
-    request = Freeze("print", np.arange(3, dtype=np.float32), np.ones(3, np.float32), np.array([0.5, 2.0]))
-    asked(joined(InProcessGrid(make_app(open_site), NAMES)), request)
-    assert sorted(heard) == list(NAMES)
-    for received in heard.values():
-        assert received.fingerprint == "print"
-        np.testing.assert_array_equal(received.mean, request.mean)
-        assert received.class_weights.dtype == np.float64
 
 
 # -------------------------------------------------------------------------------------------------------- a network
