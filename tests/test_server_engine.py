@@ -13,17 +13,14 @@ from typing import Any
 
 import pytest
 
-from client import up as site_up
-from client.site_config import read_site
 from common.errors import CheckpointError, ConsiliumError
 from common.locks import exclusive
 from common.run_config import RunConfig
-from common.supervisor import read_state
 from server import board, engine, founding, runs
 from server.plan import settled
 from server.server_config import ServerConfig, read_server
 from simulations import runner
-from simulations.rehearse import stage
+from simulations.stage import open_stage
 
 ROOT = Path(__file__).parent.parent
 PLAN = {
@@ -134,16 +131,6 @@ def facts_of(folder: Path, until: Callable[[dict[str, Any]], bool]) -> dict[str,
         time.sleep(0.01)
 
 
-def daemon_of(config: ServerConfig, number: int) -> int:
-    """Return the process of a rehearsed site's daemon."""
-    path = config.path.parent.parent / "sites" / str(number) / "site.toml"
-    state = read_state(site_up.logs(read_site(path)))
-    assert state is not None
-    pid = state.children["daemon"].pid
-    assert pid is not None
-    return pid
-
-
 @pytest.mark.slow
 def test_a_run_that_is_stopped_in_two_phases_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -156,7 +143,8 @@ def test_a_run_that_is_stopped_in_two_phases_ends_with_the_same_bytes(
     job = runner.Job(RunConfig.model_validate(PLAN), tmp_path / "disturbed", tmp_path / "cache")
     scene = runner.set_scene(job.plan, job.cache, quiet)
     folder = runner.open_folder(job, scene.run)
-    with stage(scene, folder, quiet) as config:
+    with open_stage(scene.sites, scene.device) as stage:
+        config = stage.config
         runs.remember(config, folder)
         assert consilium(config, "resume", folder, "--detach")[0] == 0
         first = facts_of(folder, lambda facts: facts["status"] == "running")
@@ -167,7 +155,7 @@ def test_a_run_that_is_stopped_in_two_phases_ends_with_the_same_bytes(
 
         assert consilium(config, "resume", folder, "--detach")[0] == 0
         facts_of(folder, lambda facts: facts["phase"] == "rounds" and facts["round"] >= 2)
-        slow = daemon_of(config, 1)
+        slow = stage.pids("site-2")["daemon"]
         os.kill(slow, signal.SIGSTOP)
         try:
             time.sleep(2)

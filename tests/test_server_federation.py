@@ -18,7 +18,6 @@ from common.messages import (
     Describe,
     Description,
     Done,
-    Freeze,
     InstallTrunk,
     Pending,
     Prepare,
