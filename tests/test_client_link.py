@@ -251,12 +251,14 @@ class SuperLink:
 
 
 def ask(grid: HttpGrid, node: int, kind: str, content: RecordDict, seconds: float = 20.0) -> tuple[Message, float]:
-    """Send a message, and return the reply and how long it took."""
+    """Send a message, again if Flower answers with an error, and return the reply and how long it took."""
     begin = time.monotonic()
     ids = list(grid.push_messages([Message(content, node, kind)]))
     while time.monotonic() - begin < seconds:
         for reply in grid.pull_messages(ids):
-            return reply, time.monotonic() - begin
+            if reply.has_content():
+                return reply, time.monotonic() - begin
+            ids = list(grid.push_messages([Message(content, node, kind)]))  # the site was away
         time.sleep(0.01)
     raise AssertionError("no reply")
 
