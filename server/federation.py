@@ -282,6 +282,7 @@ class _Exchange:
         self._preparing = preparing
         self._open: dict[str, _Errand] = {}
         self._looked = time.monotonic()
+        self._found: tuple[float, Mapping[str, Present]] = (float("-inf"), {})
 
     def answers(self, errands: Iterable[_Errand], deadline_s: float) -> Iterator[Answer]:
         """Yield an answer for every errand."""
@@ -306,13 +307,19 @@ class _Exchange:
         due = [errand for errand in self._open.values() if not errand.message and errand.due <= now]
         if not due:
             return
-        connected = self._network.roster() if self._network else {}
+        connected = self._connected(now)
         for errand in due:
             errand.since = connected[errand.site].since if errand.site in connected else ""
         for errand, identity in zip(due, self._grid.push_messages([e.next_message() for e in due]), strict=True):
             errand.message, errand.sent = identity or "", now
             if not identity:
                 errand.again()
+
+    def _connected(self, now: float) -> Mapping[str, Present]:
+        """Return who was connected within the last `LOOK_S`: sites come due one by one, and each question costs."""
+        if self._network is not None and now >= self._found[0] + LOOK_S:
+            self._found = now, self._network.roster()
+        return self._found[1]
 
     def _receive(self) -> Iterator[Answer]:
         out = {errand.message: errand for errand in self._open.values() if errand.message}
@@ -377,7 +384,7 @@ class _Exchange:
         if self._network is None or now < self._looked + LOOK_S:
             return
         self._looked = now
-        connected = self._network.roster()
+        connected = self._connected(now)
         for errand in list(self._open.values()):
             present = connected.get(errand.site)
             if present is None:

@@ -87,7 +87,7 @@ def _coordinator(**values: object) -> Callable[[Place], object]:
 OPENSSH, PKCS8 = serialization.PrivateFormat.OpenSSH, serialization.PrivateFormat.PKCS8
 P384, P256 = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP256R1())
 ADDRESS = r"site\.toml: \[coordinator\] address: got .*, expected host:port"
-PROXY = r"site\.toml: \[coordinator\] proxy: .*expected http?://host:port|.*proxy.*expected host:port"
+PROXY = r"site\.toml: \[coordinator\] proxy: got .*, expected (http://)?host:port"
 WRONG: dict[str, tuple[Callable[[Place], object], str]] = {
     "no toml": (lambda place: place.toml.unlink(), r"site\.toml"),
     "no coordinator": (_coordinator(), r"\[coordinator\] address: missing - run `consilium site join`"),
