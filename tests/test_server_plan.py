@@ -51,6 +51,7 @@ def test_deeper_cuts_learn_more_slowly() -> None:
     assert settled(plan(model={"trainable": "all"}), TASK, SITES, "generic").run.training.lr == DEEP_LR
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     names=st.lists(st.text("abc-", min_size=1, max_size=4), min_size=1, max_size=4, unique=True),
@@ -81,7 +82,7 @@ def test_the_same_options_have_the_fingerprint_of_the_simulation() -> None:
     ("sections", "message"),
     [
         ({"sites": {"quorum": 3}}, "quorum 3: the run has 2 sites"),
-        ({"data": {"preset": "chest"}}, r"preset: got 'chest', expected .*did you mean 'chest-xray'"),
+        ({"data": {"preset": "chest"}}, r"preset: got 'chest', expected .*did you mean 'chest-ct'"),
         ({"training": {"strategy": "krum"}}, "krum: needs at least"),
         ({"model": {"weights": "embedded"}}, "the wheel holds"),
     ],
