@@ -243,7 +243,7 @@ def test_a_site_whose_policy_says_no_is_left_out_or_ends_the_run(play: Play) -> 
             found = play.outcome(folder)
             assert play._engines[-1].returncode == 1
     assert found["status"] == "failed" and "\n" not in found["error"]
-    assert "site-3 refused(policy)" in found["error"]
+    assert "site-3: refused: its own policy" in found["error"]
 
 
 def test_a_site_that_hangs_is_left_out_and_joins_the_next_run(play: Play) -> None:
