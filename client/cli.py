@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.cli import Group
+from common.cli import Group, once_up
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -224,9 +225,10 @@ def forget(patients: Path, path: Path, column: str | None, as_json: bool) -> int
 
 
 @site.command(context_settings=_SETTINGS)
-@click.argument("path", metavar="SITE.TOML", type=_SITE_TOML)
+@click.argument("path", metavar="[SITE.TOML]", type=_SITE_TOML, default="site.toml")
+@as_json
 @quiet
-def up(path: Path, quiet: bool) -> int:
+def up(path: Path, as_json: bool, quiet: bool) -> int:
     """Run the site: its daemon and its link to the coordinator, until Ctrl-C or SIGTERM.
 
     \b
@@ -234,21 +236,20 @@ def up(path: Path, quiet: bool) -> int:
       consilium site up radiology/site.toml
 
     The site has been checked and has joined before. What ends is started again; what the two write is in up/ of the
-    site's state. Exit code: 0 stopped, 1 the site is up already, 2 wrong configuration.
+    site's state. With --json, who and where it is once it runs. Exit code: 0 stopped, 1 the site is up already, 2 wrong
+    configuration.
     """  # noqa: D301
     from client import up as running
     from client.site_config import read_site
 
-    def report(line: str) -> None:
-        if not quiet:
-            click.echo(line, err=True)
-
-    running.up(read_site(path), report)
+    config = read_site(path)
+    facts = {"site": config.name, "address": config.toml.coordinator.address, "pid": os.getpid()}
+    running.up(config, once_up(facts if as_json else None, quiet))
     return 0
 
 
 @site.command(context_settings=_SETTINGS)
-@click.argument("path", metavar="SITE.TOML", type=_SITE_TOML)
+@click.argument("path", metavar="[SITE.TOML]", type=_SITE_TOML, default="site.toml")
 @as_json
 def status(path: Path, as_json: bool) -> int:
     """Say how the site stands: what is wrong, and what to do about it.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from common.cli import once_up
 
 if TYPE_CHECKING:
     from common.run_config import RunConfig, Task
@@ -28,21 +31,30 @@ server_option = click.option(
 
 @click.command(context_settings=_SETTINGS)
 @server_option
+@as_json
 @quiet
-def up(path: Path, quiet: bool) -> int:
+def up(path: Path, as_json: bool, quiet: bool) -> int:
     """Run the coordinator: hospitals can connect, and runs can be started, until Ctrl-C or SIGTERM.
 
     \b
     Example:
       consilium server up --server chest/server.toml
 
-    Exit code: 0 ended, 1 failed (a port is in use, or it is up already), 2 wrong configuration.
+    With --json, who and where it is once it runs. Exit code: 0 ended, 1 failed (a port is in use, or it is up already),
+    2 wrong configuration.
     """  # noqa: D301
     from server import up as process
     from server.server_config import read_server
 
     config = read_server(path)
-    process.up(config, None if quiet else lambda text: click.echo(text, err=True))
+    facts = {
+        "name": config.name,
+        "address": str(config.address),
+        "listen": str(config.listen),
+        "operator_port": config.operator_port,
+        "pid": os.getpid(),
+    }
+    process.up(config, once_up(facts if as_json else None, quiet))
     return 0
 
 
