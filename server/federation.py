@@ -5,13 +5,14 @@ quarantined; none of it stops the others.
 
 On a network (a `roster` is given) an answer can be lost, and the work of a site takes longer than a message may: the
 site says `Pending`, and is asked again. Whatever went wrong on the way is asked again too, for a request that comes
-twice finds its work done. A site that is not connected is waited for `patience_s`, then it is lost.
+twice finds its work done. A site of which nothing is heard is waited for `patience_s`, then it is lost; the next time it
+has to show itself sooner. So a site that is dead does not cost the others a deadline each round.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -45,6 +46,9 @@ LOOK_S = 1.0
 LONGEST_EXCHANGE_S, SLOWEST_BYTES_S = 60.0, 50_000
 """An answer that is later than this many seconds and bytes a second was lost on the way, and is asked for again."""
 
+PROBATION_S = 30.0
+"""Seconds that a site has to show itself if it was lost when last asked."""
+
 MOST_DEADLINES = 23
 """Deadlines by which a site that goes on working may be late while the run is prepared: a day, by default."""
 
@@ -74,7 +78,7 @@ class Network:
     """What a federation over a network needs to know of it."""
 
     roster: Roster
-    patience_s: float = 120.0  # how long a site that is not connected is waited for
+    patience_s: float = 120.0  # how long a site of which nothing is heard is waited for
     pull_bytes: int = 64 * 2**20  # replies that are taken in at once
 
 
@@ -127,7 +131,8 @@ class _Errand:
     done: tuple[str, int] = ("", 0)  # phase of the work, and how much of it is done
     moved: float = 0.0  # when that changed, where it gives the site more time
     failures: int = 0
-    absent: float | None = None  # since when the site is not connected
+    life: float = field(default_factory=time.monotonic)  # when the site was last heard of
+    trouble: str = "deadline"  # why nothing is heard of it
     traffic: Traffic = Traffic()
 
     def next_message(self) -> Message:
@@ -150,6 +155,7 @@ class _Errand:
     def wait(self, found: Pending) -> None:
         """Ask after the work, the later the longer it has taken."""
         self.message, self.ticket, self.failures = "", found.ticket, 0
+        self.life, self.trouble = time.monotonic(), "deadline"
         self.due = time.monotonic() + min(5.0, 0.05 * (time.monotonic() - self.begun))
 
 
@@ -171,6 +177,7 @@ class Federation:
         self._network = network
         self._watch = watch or (lambda _site, _what, _done, _total: None)
         self._nodes: dict[str, int] = {}
+        self._silent: set[str] = set()  # who was lost when last asked
 
     @property
     def sites(self) -> list[str]:
@@ -261,8 +268,11 @@ class Federation:
             for site, (node, record) in addressed.items()
         ]
         deadline_s = self._deadline_s if within_s is None else within_s
-        exchange = _Exchange(self._grid, self._network, self._watch, expected, preparing=preparing)
-        yield from exchange.answers(errands, deadline_s)
+        silent = frozenset(self._silent)
+        exchange = _Exchange(self._grid, self._network, self._watch, expected, silent, preparing=preparing)
+        for answer in exchange.answers(errands, deadline_s):
+            (self._silent.add if answer.status == "lost" else self._silent.discard)(answer.site)
+            yield answer
 
     def _parcel(self, record: RecordDict) -> tuple[RecordDict, tuple[int, int]]:
         """Return records as they travel, and the bytes in them: weights and all else."""
@@ -273,12 +283,20 @@ class _Exchange:
     """One request to several sites, until each has answered or is given up."""
 
     def __init__(
-        self, grid: Grid, network: Network | None, watch: Watch, expected: type[Reply], *, preparing: bool
+        self,
+        grid: Grid,
+        network: Network | None,
+        watch: Watch,
+        expected: type[Reply],
+        silent: Collection[str],
+        *,
+        preparing: bool,
     ) -> None:
         self._grid = grid
         self._network = network
         self._watch = watch
         self._expected = expected
+        self._silent = silent
         self._preparing = preparing
         self._open: dict[str, _Errand] = {}
         self._looked = time.monotonic()
@@ -374,6 +392,8 @@ class _Exchange:
         """Return a failure as the answer, or None where a network may be at fault and the request goes out again."""
         if again and self._network:
             self._watch(errand.site, reason, 0, 0)
+            if reason == "unavailable":
+                errand.trouble = reason
             errand.again(unknown=reason == "unknown_ticket")
             return None
         return Answer(errand.site, None, status, reason, errand.traffic)
@@ -388,19 +408,28 @@ class _Exchange:
         for errand in list(self._open.values()):
             present = connected.get(errand.site)
             if present is None:
-                errand.absent = now if errand.absent is None else errand.absent
+                errand.trouble = "absent"
                 self._watch(errand.site, "not connected", 0, 0)
-                if now >= errand.absent + self._network.patience_s:
-                    del self._open[errand.site]
-                    yield Answer(errand.site, None, "lost", "absent", errand.traffic)
-                continue
-            errand.absent = None
-            restarted = errand.since not in ("", present.since)
-            if errand.message and (restarted or now >= errand.sent + _attempt_s(errand.weight)):
-                errand.again()
-            errand.since = present.since
+            else:
+                self._check_message(errand, present, now)
+            if now >= errand.life + self._patience_s(errand):
+                del self._open[errand.site]
+                yield Answer(errand.site, None, "lost", errand.trouble, errand.traffic)
+
+    def _check_message(self, errand: _Errand, present: Present, now: float) -> None:
+        """Send again what died with a link that was started anew, or was lost in some other way."""
+        restarted = errand.since not in ("", present.since)
+        if errand.message and (restarted or now >= errand.sent + LONGEST_EXCHANGE_S + _transfer_s(errand)):
+            errand.again()
+        errand.since = present.since
+
+    def _patience_s(self, errand: _Errand) -> float:
+        """Return how long a site may be silent: one that works says so within seconds; who was lost is on probation."""
+        assert self._network is not None  # noqa: S101  asked on a network alone
+        patience = self._network.patience_s
+        return (min(patience, PROBATION_S) if errand.site in self._silent else patience) + _transfer_s(errand)
 
 
-def _attempt_s(weight: tuple[int, int]) -> float:
-    """Return how long a message and its answer may be on their way: no site works on one for longer than seconds."""
-    return LONGEST_EXCHANGE_S + sum(weight) / SLOWEST_BYTES_S
+def _transfer_s(errand: _Errand) -> float:
+    """Return how long a request and an answer of its size may be on their way."""
+    return sum(errand.weight) / SLOWEST_BYTES_S

@@ -13,8 +13,8 @@ WORDS: Mapping[str, str] = {
     "unknown_run": "it no longer knows the run; resume the run, which describes it again",
     "unknown_trunk": "the backbone's frozen part did not reach it whole; resume the run, which sends it again",
     "not_prepared": "its features are not ready; resume the run, which prepares them again",
-    "labels_differ": "its labels are not the run's; make [task] labels and kind of run.toml and its own labels agree, "
-    "in the same order",
+    "labels_differ": "it has labels that the run has not, or of another kind; make [task] labels and kind of run.toml "
+    "and its own labels agree",
     "preprocessing_differs": "it shows its images in another way; make [data] preset and image_size of run.toml and of "
     "its site.toml agree",
     "version_differs": "it runs another version of consilium; install the same version at both ends",

@@ -448,7 +448,7 @@ def test_work_that_takes_long_is_asked_after(quick):
 @pytest.mark.slow
 def test_what_was_lost_on_the_way_is_asked_again(quick, trouble):
     line = Line(a=["describe", trouble, "done"], b=["describe", "done"])
-    answers = asked(over(line, ("a", "b")), Prepare("print"), ("a", "b"))
+    answers = asked(over(line, ("a", "b"), patience=3.0), Prepare("print"), ("a", "b"))
     assert {answer.status for answer in answers.values()} == {"contributed"}
     assert [(kind, word) for name, kind, word in line.sent if name == "a"][1:] == [
         ("query.prepare", trouble),
@@ -487,10 +487,36 @@ def test_a_site_that_is_gone_is_given_up_before_the_deadline(quick):
     assert 0.3 <= time.monotonic() - begin < 3.0
 
 
-def test_a_site_that_answers_nothing_of_use_is_lost_at_the_deadline(quick):
-    line = Line(a=["describe", "silence"])
-    answer = asked(over(line, ("a",), deadline=0.5), Prepare("print"), ("a",))["a"]
+@pytest.mark.parametrize(("word", "reason"), [("silence", "deadline"), ("unavailable", "unavailable")])
+def test_a_site_of_which_nothing_is_heard_is_given_up_before_the_deadline(quick, word, reason):
+    line = Line(a=["describe", word])
+    begin = time.monotonic()
+    answer = asked(over(line, ("a",), deadline=60.0), Prepare("print"), ("a",))["a"]
+    assert (answer.status, answer.reason) == ("lost", reason)
+    assert 0.3 <= time.monotonic() - begin < 3.0
+
+
+def test_a_site_that_works_is_not_given_up_before_the_deadline(quick):
+    line = Line(a=["describe", "work"])
+    begin = time.monotonic()
+    answer = asked(over(line, ("a",), deadline=1.5), train(1), ("a",))["a"]
     assert (answer.status, answer.reason) == ("lost", "deadline")
+    assert time.monotonic() - begin >= 1.5
+
+
+def test_who_was_lost_has_to_show_itself_sooner_the_next_time(quick, monkeypatch):
+    monkeypatch.setattr(module, "PROBATION_S", 0.2)
+    line = Line(a=["describe", "silence", "silence", "silence", "silence", "silence", "done"])
+    monkeypatch.setattr(module, "LONGEST_EXCHANGE_S", 60.0)
+    federation = over(line, ("a",), deadline=60.0, patience=1.0)
+    spent = []
+    for _ in range(2):
+        begin = time.monotonic()
+        assert asked(federation, Prepare("print"), ("a",))["a"].reason == "deadline"
+        spent.append(time.monotonic() - begin)
+    assert spent[0] >= 1.0 > spent[1]
+    line.scripts["a"] = ["done"]
+    assert asked(federation, Prepare("print"), ("a",))["a"].status == "contributed"
 
 
 def test_sites_that_never_connect_are_waited_for_and_then_absent(quick):
