@@ -5,8 +5,8 @@ quarantined; none of it stops the others.
 
 On a network (a `roster` is given) an answer can be lost, and the work of a site takes longer than a message may: the
 site says `Pending`, and is asked again. Whatever went wrong on the way is asked again too, for a request that comes
-twice finds its work done. A site of which nothing is heard is waited for `patience_s`, then it is lost; the next time it
-has to show itself sooner. So a site that is dead does not cost the others a deadline each round.
+twice finds its work done. A site of which nothing is heard is waited for `patience_s`, then it is lost; the next time
+it has to show itself sooner. So a site that is dead does not cost the others a deadline each round.
 """
 
 from __future__ import annotations
