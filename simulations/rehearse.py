@@ -114,15 +114,15 @@ def _stage(scene: Scene, folder: Path, progress: Progress) -> Iterator[ServerCon
     root = Path(tempfile.mkdtemp(prefix="consilium-"))
     try:
         with ExitStack() as stack:
-            config = _coordinator(root)
-            stack.enter_context(_running("coordinator", ["server.up", "up", str(config.path)], root))
+            config = coordinator(root)
+            stack.enter_context(running("coordinator", ["server.up", "up", str(config.path)], root))
             total = len(scene.sites)
             progress("hospitals", 0, total)
-            for done, site in enumerate(scene.sites, start=1):
-                path = _site(root, config, scene, site)
-                stack.enter_context(_running(site, ["simulations.rehearsed", "up", str(path)], root))
+            for done, name in enumerate(scene.sites, start=1):
+                path = hospital(root, config, scene, name)
+                stack.enter_context(running(name, ["simulations.rehearsed", "up", str(path)], root))
                 progress("hospitals", done, total)
-            _await_all(config, list(scene.sites), progress)
+            await_all(config, list(scene.sites), progress)
             yield config
     except BaseException:
         _keep_logs(root, folder / "logs")
@@ -131,8 +131,9 @@ def _stage(scene: Scene, folder: Path, progress: Progress) -> Iterator[ServerCon
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _coordinator(root: Path) -> ServerConfig:
-    public, operator = _free_ports(2)
+def coordinator(root: Path) -> ServerConfig:
+    """Found a coordinator on ports that nobody uses."""
+    public, operator = free_ports(2)
     where = f"127.0.0.1:{public}"
     made = server_founding.found(root / "coordinator", where, "rehearsal", where)
     text = made.config.read_text(encoding="utf-8")
@@ -147,7 +148,7 @@ def _with_port(text: str, port: int) -> str:
     return "\n".join([*kept[: at + 1], f"operator_port = {port}", *kept[at + 1 :]]) + "\n"
 
 
-def _site(root: Path, config: ServerConfig, scene: Scene, name: str) -> Path:
+def hospital(root: Path, config: ServerConfig, scene: Scene, name: str) -> Path:
     """Found a hospital, deal it its examples, and enrol it."""
     place = root / "sites" / str(list(scene.sites).index(name))  # short: the path of a socket has 107 bytes
     place.mkdir(parents=True)
@@ -164,7 +165,7 @@ def _site(root: Path, config: ServerConfig, scene: Scene, name: str) -> Path:
 
 
 @contextmanager
-def _running(name: str, command: Sequence[str], root: Path) -> Iterator[None]:
+def running(name: str, command: Sequence[str], root: Path) -> Iterator[None]:
     """Run a command until the end of the block; it ends with this process, whatever becomes of this process."""
     logs = root / "said"
     logs.mkdir(exist_ok=True)
@@ -193,7 +194,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _await_all(config: ServerConfig, names: Sequence[str], progress: Progress) -> None:
+def await_all(config: ServerConfig, names: Sequence[str], progress: Progress) -> None:
     """Wait until every site is connected.
 
     Raises:
@@ -221,7 +222,7 @@ def _keep_logs(root: Path, target: Path) -> None:
         shutil.copyfile(path, place)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports that nobody listens on now."""
     with ExitStack() as stack:
         found = [stack.enter_context(socket.socket()) for _ in range(count)]
