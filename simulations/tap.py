@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 _CHUNK = 2**18
@@ -48,6 +48,11 @@ class Tap:
         ready.set()
         await stop.wait()
         server.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0)  # transports close in the next turn of the loop
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._passed[2] += 1
@@ -56,11 +61,11 @@ class Tap:
         except OSError:
             writer.close()
             return
-        await asyncio.gather(self._pump(reader, forth, 0), self._pump(back, writer, 1))
-        for end in (forth, writer):
-            end.close()
-            with suppress(OSError):
-                await end.wait_closed()
+        try:
+            await asyncio.gather(self._pump(reader, forth, 0), self._pump(back, writer, 1))
+        finally:
+            forth.close()
+            writer.close()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: int) -> None:
         """Pass one direction on to its end; one that breaks ends both."""
@@ -84,10 +89,6 @@ def tapped(port: int, host: str = "127.0.0.1") -> Iterator[Tap]:
     def run() -> None:
         try:
             loop.run_until_complete(tap.serve(ready, stop))
-            waiting = asyncio.all_tasks(loop)
-            for task in waiting:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*waiting, return_exceptions=True))
         finally:
             ready.set()
             loop.close()

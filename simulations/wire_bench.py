@@ -83,8 +83,9 @@ class Bench:
         sections = {
             "simulation": {"dataset": str(path), "sites": self.sites, "device": "cpu", "partition": "iid"},
             "data": {"image_size": SIDE},
-            "model": {"backbone": backbone, "weights": "none", "trainable": cut, "init": "zero"},
-            "training": {"rounds": rounds, "local_steps": 1, "batch_size": 8},
+            "model": {"backbone": backbone, "weights": "none", "trainable": cut, "ridge": [1.0]},
+            # A rate that never ends, and a head that is not zero: a change of zeros would be sent once, not whole.
+            "training": {"rounds": rounds, "local_steps": 1, "batch_size": 8, "schedule": "constant"},
         }
         return set_scene(build(sections, "wire_bench"), self.cache, lambda _phase, _done, _total: None)
 
@@ -101,7 +102,7 @@ def _draw(path: Path) -> None:
 
 def count_bytes(bench: Bench) -> Findings:
     """Count what passes between each site and the coordinator in two runs, the second without a trunk to send."""
-    scene = bench.scene(BACKBONE, "stages:1", bench.byte_rounds)
+    scene = bench.scene(SMALL_BACKBONE, "stages:1", bench.byte_rounds)
     rounds = scene.run.training.rounds
     again = replace_lr(scene.run)
     with real_sites(scene) as stage:
@@ -164,15 +165,16 @@ def phase_bytes(journey: Journey) -> dict[str, int]:
 def bytes_rows(facts: Mapping[str, Any]) -> list[Row]:
     """Return the lines of the section."""
     payload, trunk = facts["payload_bytes"], facts["trunk_bytes"]
-    worst = max(entry["ratio"] for run in facts["rounds"] for entry in run)
+    ratios = [entry["ratio"] for run in facts["rounds"] for entry in run]
+    worst = max(ratios)
     excess = (worst - 1) * payload
     first, second = facts["set_up_bytes"]
     rows = [
         Row(
             "a round and site, on the socket",
             f"{payload * worst / 1e6:.2f} MB over {payload / 1e6:.2f} MB of weights: {worst:.4f}",
-            f"at most {MOST_BYTES}",
-            worst <= MOST_BYTES,
+            f"1 to {MOST_BYTES}",
+            worst <= MOST_BYTES and min(ratios) >= 1,  # less would mean that something was not sent
         ),
         Row(
             "what is not weights in it",
@@ -229,7 +231,7 @@ def coordinator(bench: Bench) -> Findings:
     """Watch the SuperLink and the engine while many sites exchange large weights."""
     names = tuple(f"site-{number:02}" for number in range(bench.crowd))
     sections = {
-        "data": {"image_size": SIDE},
+        "data": {"image_size": SIDE, "views": 1},
         "model": {"backbone": BACKBONE, "weights": "none", "trainable": bench.crowd_cut, "init": "zero"},
         "training": {"rounds": bench.crowd_rounds, "local_steps": 1},
     }
