@@ -79,6 +79,7 @@ TEMPLATE = """\
 # [compute]
 # device = "auto"                   # auto, cpu, cuda
 # threads = 4                       # processes that decode images; one a core by default
+# weights = ""                      # .safetensors file of pretrained weights: a run that uses them sends no trunk
 """
 """Every key of `client.site_config`, explained."""
 

@@ -300,7 +300,13 @@ class Hospital:
         self._device = choose_device(self._config.toml.compute.device)
         workshop = Workshop(self._config.cache, self._device)
         return Site(
-            self._config.name, cohort, workshop, self._memory, lambda done, total: self._step(done, total), wheel=True
+            self._config.name,
+            cohort,
+            workshop,
+            self._memory,
+            lambda done, total: self._step(done, total),
+            wheel=True,
+            weights=self._config.weights,
         )
 
     def _record(self, kind: str, code: str) -> None:

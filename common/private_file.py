@@ -8,6 +8,8 @@ from pathlib import Path
 
 from common.errors import ConfigError
 
+SECRET_BYTES = 32
+
 _LIMIT = 64 * 1024  # bytes; no key is that long
 
 
@@ -52,6 +54,18 @@ def read_private(path: Path, what: str, remedy: str) -> bytes:
         return os.read(handle, _LIMIT)
     finally:
         os.close(handle)
+
+
+def read_secret(path: Path, what: str, remedy: str) -> bytes:
+    """Return the bytes of a secret.
+
+    Raises:
+        ConfigError: as `read_private`, or another length than `SECRET_BYTES`.
+    """
+    content = read_private(path, what, remedy)
+    if len(content) != SECRET_BYTES:
+        raise ConfigError(f"{path}: {len(content)} bytes, expected {SECRET_BYTES}; bring it back from your backup")
+    return content
 
 
 def _check(path: Path, what: str, found: os.stat_result) -> None:

@@ -218,7 +218,7 @@ class Coordinator:
     def _collect(self, phase: str, requests: Mapping[str, Request]) -> dict[str, Answer]:
         """Ask, and go on without the sites that fail, if the quorum holds."""
         answers: dict[str, Answer] = {}
-        for answer in self._asked(phase, requests):
+        for answer in self._asked(phase, requests, preparing=phase == "prepare"):
             answers[answer.site] = answer
             if answer.reply is None:
                 self._drop(answer)
@@ -229,9 +229,9 @@ class Coordinator:
         self._cast.note(answer)
         self._cast.support.pop(answer.site, None)
 
-    def _asked(self, phase: str, requests: Mapping[str, Request]) -> Iterator[Answer]:
+    def _asked(self, phase: str, requests: Mapping[str, Request], *, preparing: bool = False) -> Iterator[Answer]:
         self._progress(phase, 0, len(requests))
-        for number, answer in enumerate(self._federation.ask(requests), start=1):
+        for number, answer in enumerate(self._federation.ask(requests, preparing=preparing), start=1):
             self._count(phase, answer)
             yield answer
             self._progress(phase, number, len(requests))

@@ -9,16 +9,14 @@ import dataclasses
 import hashlib
 import hmac
 import json
-import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import private_file
 from common.errors import ConfigError
 from common.files import write_atomic
 
-SECRET_BYTES = 32
 OPERATOR_HEADER = "consilium-operator"
 # Flower reports usage and asks for newer versions unless told otherwise: for every process that imports it.
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
@@ -99,23 +97,6 @@ def read_secret(path: Path) -> bytes:
     Raises:
         ConfigError: it is missing, no regular file, open to others than its owner, or of another length.
     """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        reason = "a symbolic link" if path.is_symlink() else error.strerror
-        raise ConfigError(f"{path}: cannot be read ({reason}), expected a secret of {SECRET_BYTES} bytes") from None
-    try:
-        _check(path, os.fstat(handle))
-        return os.read(handle, SECRET_BYTES)
-    finally:
-        os.close(handle)
-
-
-def _check(path: Path, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        raise ConfigError(f"{path}: not a regular file, expected a secret of {SECRET_BYTES} bytes")
-    mode = stat.S_IMODE(found.st_mode)
-    if mode & 0o077:
-        raise ConfigError(f"{path}: mode {mode:04o} opens a secret to others; run: chmod 600 {path}")
-    if found.st_size != SECRET_BYTES:
-        raise ConfigError(f"{path}: {found.st_size} bytes, expected {SECRET_BYTES}; bring it back from your backup")
+    return private_file.read_secret(
+        path, "a secret of the coordinator", "`consilium server init` makes it, that of an old one is in your backup"
+    )

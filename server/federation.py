@@ -45,6 +45,9 @@ LOOK_S = 1.0
 LONGEST_EXCHANGE_S, SLOWEST_BYTES_S = 60.0, 50_000
 """An answer that is later than this many seconds and bytes a second was lost on the way, and is asked for again."""
 
+MOST_DEADLINES = 23
+"""Deadlines by which a site that goes on working may be late while the run is prepared: a day, by default."""
+
 AGAIN = frozenset({"unavailable", "unknown_ticket"})
 """Refusals that a site gets over by itself: its daemon is starting, or was started anew."""
 
@@ -121,6 +124,8 @@ class _Errand:
     ticket: str = ""  # of the work that the site is at
     begun: float = field(default_factory=time.monotonic)
     due: float = 0.0
+    done: tuple[str, int] = ("", 0)  # phase of the work, and how much of it is done
+    moved: float = 0.0  # when that changed, where it gives the site more time
     failures: int = 0
     absent: float | None = None  # since when the site is not connected
     traffic: Traffic = Traffic()
@@ -181,7 +186,8 @@ class Federation:
         record = to_record(request)
         nodes = self._connected(names) if self._network else {str(node): node for node in self._await_nodes(len(names))}
         answers: dict[str, Answer] = {}
-        for answer in self._exchange({key: (node, record) for key, node in nodes.items()}, Description):
+        addressed = {key: (node, record) for key, node in nodes.items()}
+        for answer in self._exchange(addressed, Description, preparing=True):
             named = self._named(answer)
             if named is not None and named.site in names and named.site not in answers:
                 self._nodes[named.site] = nodes[answer.site]
@@ -196,7 +202,9 @@ class Federation:
             return answer if same else replace(answer, reply=None, status="quarantined", reason="identity")
         return None if given is None else replace(answer, site=given)
 
-    def ask(self, requests: Mapping[str, Request], within_s: float | None = None) -> Iterator[Answer]:
+    def ask(
+        self, requests: Mapping[str, Request], within_s: float | None = None, *, preparing: bool = False
+    ) -> Iterator[Answer]:
         """Send each site its request and yield the answers as they come; the last may be losses.
 
         One request object for several sites is encoded once.
@@ -204,6 +212,7 @@ class Federation:
         Args:
             requests: by site.
             within_s: seconds for this once, instead of the federation's deadline.
+            preparing: whether the deadline is one of standstill: images that pass the trunk take as long as they take.
         """
         if not requests:
             return
@@ -213,7 +222,7 @@ class Federation:
                 records[id(request)] = to_record(request)
         addressed = {site: (self._nodes[site], records[id(request)]) for site, request in sorted(requests.items())}
         kind, expected = KINDS[type(next(iter(requests.values())))]
-        yield from self._exchange(addressed, expected, kind, within_s)
+        yield from self._exchange(addressed, expected, kind, within_s, preparing=preparing)
 
     def _await_nodes(self, count: int) -> list[int]:
         """Return the connected nodes once there are enough of them, or those there are at the deadline."""
@@ -243,21 +252,27 @@ class Federation:
         expected: type[Reply],
         kind: str = KINDS[Describe][0],
         within_s: float | None = None,
+        *,
+        preparing: bool,
     ) -> Iterator[Answer]:
         weights = {id(record): count_bytes(record) for _, record in addressed.values()}
         errands = [_Errand(site, node, kind, record, weights[id(record)]) for site, (node, record) in addressed.items()]
         deadline_s = self._deadline_s if within_s is None else within_s
-        yield from _Exchange(self._grid, self._network, self._watch, expected).answers(errands, deadline_s)
+        exchange = _Exchange(self._grid, self._network, self._watch, expected, preparing=preparing)
+        yield from exchange.answers(errands, deadline_s)
 
 
 class _Exchange:
     """One request to several sites, until each has answered or is given up."""
 
-    def __init__(self, grid: Grid, network: Network | None, watch: Watch, expected: type[Reply]) -> None:
+    def __init__(
+        self, grid: Grid, network: Network | None, watch: Watch, expected: type[Reply], *, preparing: bool
+    ) -> None:
         self._grid = grid
         self._network = network
         self._watch = watch
         self._expected = expected
+        self._preparing = preparing
         self._open: dict[str, _Errand] = {}
         self._looked = time.monotonic()
 
@@ -272,7 +287,8 @@ class _Exchange:
             now = time.monotonic()
             quiet = now if found else quiet
             if not found:
-                if now >= begin + deadline_s:
+                moved = max([begin, *(errand.moved for errand in self._open.values())])
+                if now >= min(moved, begin + MOST_DEADLINES * deadline_s) + deadline_s:
                     break
                 time.sleep(min(SLOWEST_POLL_S, max(POLL_S, (now - quiet) / 20)) if self._network else POLL_S)
         for errand in self._open.values():
@@ -328,6 +344,8 @@ class _Exchange:
             waiting = pending(content)
             if waiting is not None:
                 self._watch(errand.site, waiting.phase, waiting.done, waiting.total)
+                if self._preparing and errand.done != (waiting.phase, waiting.done):
+                    errand.done, errand.moved = (waiting.phase, waiting.done), time.monotonic()
                 errand.wait(waiting)
                 return None
             reply = from_record(content, self._expected)

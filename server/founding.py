@@ -16,10 +16,9 @@ from common import certificates
 from common.address import Address, parse_address
 from common.errors import ConfigError, UsageError
 from common.files import write_atomic
-from common.private_file import write_private
+from common.private_file import SECRET_BYTES, write_private
 from common.strict import parse_toml
 from server import tls
-from server.endpoints import SECRET_BYTES
 from server.server_config import NAME, ServerConfig, parse_server
 
 TEMPLATE = """\

@@ -85,7 +85,7 @@ def make_folder(config: ServerConfig, run: RunConfig, folder: Path | None) -> Pa
     Raises:
         UsageError: the folder is in use, or cannot be written.
     """
-    place = folder or _next(config.runs, run)
+    place = folder or next_folder(config.runs, run)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.exists() and any(place.iterdir()):
@@ -100,7 +100,8 @@ def make_folder(config: ServerConfig, run: RunConfig, folder: Path | None) -> Pa
     return place
 
 
-def _next(root: Path, run: RunConfig) -> Path:
+def next_folder(root: Path, run: RunConfig) -> Path:
+    """Return the first of `<task>-<strategy>-1`, `-2`, … that is not there."""
     stem = f"{run.task.name or 'run'}-{run.training.rule.kind}"
     number = 1
     while (root / f"{stem}-{number}").exists():

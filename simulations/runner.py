@@ -29,6 +29,7 @@ from server.federation import Federation
 from server.plan import settled
 from server.report import page
 from server.result import Surroundings, TrunkFacts
+from server.runs import next_folder
 from simulations import baselines, datasets, hospitals, partition
 from simulations.annotation import Policy
 from simulations.datasets import Dataset
@@ -264,12 +265,3 @@ def _check_same(folder: Path, run: RunConfig) -> None:
     held = RunConfig.from_toml((folder / "run.toml").read_text(encoding="utf-8"), "run.toml")
     if held.fingerprint() != run.fingerprint():
         raise CheckpointError(f"--resume: the data or the weights have changed since {folder} was begun; start anew")
-
-
-def next_folder(root: Path, run: RunConfig) -> Path:
-    """Return the first of `<dataset>-<strategy>-1`, `-2`, … that is not there."""
-    stem = f"{run.task.name}-{run.training.rule.kind}"
-    number = 1
-    while (root / f"{stem}-{number}").exists():
-        number += 1
-    return root / f"{stem}-{number}"

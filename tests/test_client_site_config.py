@@ -249,7 +249,7 @@ def test_a_secret_that_others_can_open_is_refused(mode: int, tmp_path: Path) -> 
 
 def test_a_secret_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "secret"
-    with pytest.raises(ConfigError, match="missing; `consilium site init`"):
+    with pytest.raises(ConfigError, match="missing, expected the site.s secret; `consilium site init`"):
         read_secret(path)
     path.write_bytes(b"x" * 31)
     path.chmod(0o600)

@@ -35,7 +35,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "class_weights": "none", "server_lr": 0.1, "server_momentum": 0.5,
     },
     "privacy": {},
-    "sites": {"names": ("north", "south"), "quorum": 1, "deadline_s": 5.0, "max_norm": 3.0},
+    "sites": {"names": ("north", "south"), "quorum": 1, "deadline_s": 5.0, "patience_s": 7.0, "max_norm": 3.0},
     "wire": {"dtype": "bfloat16"},
 }  # fmt: skip
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

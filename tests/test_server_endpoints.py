@@ -43,7 +43,7 @@ def test_plain_http_stays_on_this_machine() -> None:
 
 def test_a_secret_is_for_its_owner_alone(tmp_path: Path) -> None:
     path = tmp_path / "secret"
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="missing"):
         read_secret(path)
     secret = os.urandom(32)
     path.write_bytes(secret)

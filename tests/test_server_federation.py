@@ -429,6 +429,7 @@ class Line(InProcessGrid):
             return Message(Error(code=0, reason="of Mrs Miller"), reply_to=message)
         record = {
             "work": to_record(Pending("t" * 64, "features", 1, 3)),
+            "more": to_record(Pending("t" * 64, "features", len(self.sent), 0)),
             "done": to_record(Done()),
             "describe": to_record(Description(name, np.ones((3, 2), np.int64), "")),
             "impostor": to_record(Description("a", np.ones((3, 2), np.int64), "")),
@@ -493,6 +494,20 @@ def test_what_was_lost_on_the_way_is_asked_again(quick, trouble):
         ("query.prepare", trouble),
         ("query.prepare", "done"),
     ]
+
+
+@pytest.mark.parametrize("word", ["work", "more"])
+def test_work_that_moves_gives_a_site_more_time_to_prepare(quick, word):
+    line = Line(a=["describe", *[word] * 12, "done"])
+    federation = over(line, ("a",), deadline=0.3)
+    (answer,) = federation.ask({"a": Prepare("print")}, preparing=True)
+    assert (answer.status, answer.reason) == (("lost", "deadline") if word == "work" else ("contributed", ""))
+
+
+def test_work_that_moves_gives_no_more_time_to_train(quick):
+    line = Line(a=["describe", *["more"] * 12, "done"])
+    (answer,) = over(line, ("a",), deadline=0.3).ask({"a": train(1)})
+    assert (answer.status, answer.reason) == ("lost", "deadline")
 
 
 def test_a_site_that_forgot_its_work_is_sent_the_request_again(quick):

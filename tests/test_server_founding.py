@@ -59,7 +59,7 @@ def test_a_new_coordinator_is_whole(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     for path in (config.superexec_secret, config.operator_secret):
         assert len(path.read_bytes()) == 32
-    assert config.superexec_secret.read_text() != config.operator_secret.read_text()
+    assert config.superexec_secret.read_bytes() != config.operator_secret.read_bytes()
     for host in ("coordinator.example.org", "localhost", "127.0.0.1"):
         assert certificates.check(config.ca_certificate, config.certificate, config.key, host) == ()
 
