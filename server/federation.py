@@ -108,6 +108,14 @@ class Answer:
     traffic: Traffic = Traffic()
 
 
+@dataclass(frozen=True)
+class _Load:
+    """A request as it travels, and the bytes that it had before it was packed: of weights, and of all else."""
+
+    record: RecordDict
+    weight: tuple[int, int]
+
+
 @dataclass
 class _Errand:
     """One site's request on its way: sent, worked at, asked for again."""
@@ -183,10 +191,10 @@ class Federation:
         On a network, nodes that are enrolled under other names are sent nothing. In a process, every node is asked who
         it is, and those of other names are left alone for the rest of the run.
         """
-        record = to_record(request)
+        load = self._encoded(request)
         nodes = self._connected(names) if self._network else {str(node): node for node in self._await_nodes(len(names))}
         answers: dict[str, Answer] = {}
-        addressed = {key: (node, record) for key, node in nodes.items()}
+        addressed = {key: (node, load) for key, node in nodes.items()}
         for answer in self._exchange(addressed, Description, preparing=True):
             named = self._named(answer)
             if named is not None and named.site in names and named.site not in answers:
@@ -216,13 +224,19 @@ class Federation:
         """
         if not requests:
             return
-        records: dict[int, RecordDict] = {}
+        loads: dict[int, _Load] = {}
         for request in requests.values():
-            if id(request) not in records:
-                records[id(request)] = to_record(request)
-        addressed = {site: (self._nodes[site], records[id(request)]) for site, request in sorted(requests.items())}
+            if id(request) not in loads:
+                loads[id(request)] = self._encoded(request)
+        addressed = {site: (self._nodes[site], loads[id(request)]) for site, request in sorted(requests.items())}
         kind, expected = KINDS[type(next(iter(requests.values())))]
         yield from self._exchange(addressed, expected, kind, within_s, preparing=preparing)
+
+    def _encoded(self, request: Request) -> _Load:
+        """Return a request as it travels."""
+        plain = to_record(request)
+        weight = count_bytes(plain)
+        return _Load(packed(to_bytes(plain)) if self._network else plain, weight)
 
     def _await_nodes(self, count: int) -> list[int]:
         """Return the connected nodes once there are enough of them, or those there are at the deadline."""
@@ -248,15 +262,17 @@ class Federation:
 
     def _exchange(
         self,
-        addressed: Mapping[str, tuple[int, RecordDict]],
+        addressed: Mapping[str, tuple[int, _Load]],
         expected: type[Reply],
         kind: str = KINDS[Describe][0],
         within_s: float | None = None,
         *,
         preparing: bool,
     ) -> Iterator[Answer]:
-        weights = {id(record): count_bytes(record) for _, record in addressed.values()}
-        errands = [_Errand(site, node, kind, record, weights[id(record)]) for site, (node, record) in addressed.items()]
+        errands = [
+            _Errand(site, node, kind, load.record, load.weight, packed=self._network is not None)
+            for site, (node, load) in addressed.items()
+        ]
         deadline_s = self._deadline_s if within_s is None else within_s
         exchange = _Exchange(self._grid, self._network, self._watch, expected, preparing=preparing)
         yield from exchange.answers(errands, deadline_s)

@@ -23,9 +23,7 @@ class Held:
 
     def __add__(self, other: Held) -> Held:
         """Return the sum."""
-        return Held(
-            self.rss + other.rss, self.pss + other.pss, self.files + other.files, self.threads + other.threads
-        )
+        return Held(self.rss + other.rss, self.pss + other.pss, self.files + other.files, self.threads + other.threads)
 
 
 @dataclass(frozen=True)
