@@ -27,7 +27,7 @@ from common.files import write_atomic, write_json
 from common.run_config import RunConfig, Task, build
 from common.strict import read_toml
 from server import board
-from server.endpoints import QUIET
+from server.endpoints import LEAN, QUIET
 from server.enrolment import enrolled
 from server.server_config import ServerConfig
 
@@ -203,7 +203,7 @@ def launch(config: ServerConfig, folder: Path) -> None:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={**os.environ, **QUIET},
+                env={**os.environ, **QUIET, **LEAN},
             )
         _await(process, folder, None if before is None else before.get("pid"))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from common.errors import ConfigError, ConsiliumError
 from common.supervisor import Child, supervise
 from server import tls
-from server.endpoints import QUIET
+from server.endpoints import LEAN, QUIET
 from server.server_config import ServerConfig, read_server
 
 
@@ -41,7 +41,7 @@ def up(config: ServerConfig, report: Callable[[str], None] | None = None) -> Non
         if certificate.warning and report is not None:
             report(f"warning: {certificate.warning}")
     argv = (sys.executable, "-P", "-m", "server.up", "superlink", str(config.path))
-    superlink = Child("superlink", argv, QUIET)
+    superlink = Child("superlink", argv, {**QUIET, **LEAN})
     supervise((superlink,), logs(config), report=report)
 
 

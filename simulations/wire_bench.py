@@ -1,4 +1,4 @@
-"""What a federation costs on the wire, in time and in memory, measured on loopback: `python -P -m simulations.wire_bench`.
+"""What a federation costs on the wire, in time and in memory, on loopback: `python -P -m simulations.wire_bench`.
 
 bytes          counted on the sockets between each site and the coordinator: a round beside its weights, the trunk once
 round          the seconds of a round in which nothing is to be trained, beside a stock deployment of Flower
@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def phase_bytes(journey: Journey) -> dict[str, int]:
     """Return what passed all sites, both ways, by phase."""
     found: dict[str, int] = {}
     marks = journey.marks
-    for mark, after in zip(marks, marks[1:], strict=False):
+    for mark, after in pairwise(marks):
         passed = sum((after.passed[site] - mark.passed[site] for site in mark.passed), Counts())
         found[mark.phase] = found.get(mark.phase, 0) + passed.up + passed.down
     return found
@@ -169,7 +170,7 @@ def bytes_rows(facts: Mapping[str, Any]) -> list[Row]:
     worst = max(ratios)
     excess = (worst - 1) * payload
     first, second = facts["set_up_bytes"]
-    rows = [
+    return [
         Row(
             "a round and site, on the socket",
             f"{payload * worst / 1e6:.2f} MB over {payload / 1e6:.2f} MB of weights: {worst:.4f}",
@@ -195,7 +196,6 @@ def bytes_rows(facts: Mapping[str, Any]) -> list[Row]:
             max(second) < LEAST_TRUNK_GAP * trunk,
         ),
     ]
-    return rows
 
 
 # Seconds of an empty round
@@ -261,7 +261,7 @@ def coordinator(bench: Bench) -> Findings:
 def peaks(samples: Sequence[Sample], journey: Journey) -> list[dict[str, int]]:
     """Return the peaks of each round: of each process, and of their sum."""
     starts = [mark.at for mark in journey.marks if mark.phase == "rounds"]
-    return [_peak(samples, begin, end) for begin, end in zip(starts, starts[1:], strict=False)]
+    return [_peak(samples, begin, end) for begin, end in pairwise(starts)]
 
 
 def _peak(samples: Sequence[Sample], begin: float, end: float) -> dict[str, int]:

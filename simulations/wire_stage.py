@@ -1,5 +1,6 @@
-"""Coordinator and sites as processes of this machine, for `simulations.wire_bench`: a tap before each site's link, and
-a mark in time at each step of a run.
+"""Coordinator and sites as processes of this machine, for `simulations.wire_bench`.
+
+Before each site's link there is a tap, and each step of a run is marked in time with what had passed by then.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ class Journey:
     def round_seconds(self) -> list[float]:
         """Return the seconds of each round."""
         starts = [mark.at for mark in self.marks if mark.phase == "rounds"]
-        return [after - before for before, after in zip(starts, starts[1:], strict=False)]
+        return [after - before for before, after in pairwise(starts)]
 
 
 @dataclass
