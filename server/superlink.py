@@ -92,6 +92,7 @@ def _application(database: Path, superexec: bytes) -> FastAPI:
     from alembic.util import CommandError
     from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
     from flwr.supercore import sql_mixin
+    from flwr.supercore.constant import SQLITE_PRAGMAS
     from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
     from flwr.superlink.config_loader import SuperLinkLifespanConfig
     from flwr.superlink.main import create_app
@@ -100,9 +101,9 @@ def _application(database: Path, superexec: bytes) -> FastAPI:
     flower = logging.getLogger("flwr")
     flower.handlers.clear()  # a console of colours, beside the root's handlers
     flower.setLevel(logging.ERROR)
-    # Each of a dozen connections would hold this much of objects that are read once.
-    kept = tuple(pair for pair in sql_mixin.SQLITE_PRAGMAS if pair[0] != "cache_size")
-    sql_mixin.SQLITE_PRAGMAS = (*kept, ("cache_size", _CACHE))
+    # Each of a dozen connections would hold 64 MB of objects that are read once.
+    kept = tuple(pair for pair in SQLITE_PRAGMAS if pair[0] != "cache_size")
+    vars(sql_mixin)["SQLITE_PRAGMAS"] = (*kept, ("cache_size", _CACHE))
     config = SuperLinkLifespanConfig(
         control_address="",
         health_server_address=None,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -416,6 +417,7 @@ def main(section: tuple[str, ...], rounds: int | None, sites: int, as_json: Path
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))  # no process is left behind
     try:
         main()
     except ConsiliumError as error:
