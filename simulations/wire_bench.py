@@ -105,7 +105,6 @@ def _draw(path: Path) -> None:
 def count_bytes(bench: Bench) -> Findings:
     """Count what passes between each site and the coordinator in two runs, the second without a trunk to send."""
     scene = bench.scene(SMALL_BACKBONE, "stages:1", bench.byte_rounds)
-    rounds = scene.run.training.rounds
     again = replace_lr(scene.run)
     with real_sites(scene) as stage:
         first = stage.drive(scene.run, stage.root / "first", RUN_S)
@@ -113,7 +112,7 @@ def count_bytes(bench: Bench) -> Findings:
         recorded = _recorded(first)
     values = sum(value.size for value in model.trainable_values(scene.built.upper).values())
     payload = 2 * 4 * values
-    by_round = [round_bytes(journey, payload, rounds) for journey in (first, second)]
+    by_round = [round_bytes(journey, payload) for journey in (first, second)]
     facts = {
         "payload_bytes": payload,
         "recorded_weight_bytes": recorded,
@@ -137,14 +136,15 @@ def _recorded(journey: Journey) -> list[int]:
     return [entry["bytes_down"] + entry["bytes_up"] for entry in result["rounds"] if entry["round"]]
 
 
-def round_bytes(journey: Journey, payload: int, rounds: int) -> list[dict[str, float]]:
+def round_bytes(journey: Journey, payload: int) -> list[dict[str, float]]:
     """Return, by site, what a round took on average, and its ratio to the payload."""
-    begin, end = journey.at_round(1).passed, journey.at_round(rounds + 1).passed
+    edges = journey.edges()
+    begin, end = edges[0].passed, edges[-1].passed
     found = []
     for site in sorted(begin):
         passed = end[site] - begin[site]
-        each = (passed.up + passed.down) / rounds
-        found.append({"down": passed.down / rounds, "up": passed.up / rounds, "ratio": each / payload})
+        each = (passed.up + passed.down) / journey.rounds
+        found.append({"down": passed.down / journey.rounds, "up": passed.up / journey.rounds, "ratio": each / payload})
     return found
 
 
@@ -253,7 +253,7 @@ def coordinator(bench: Bench) -> Findings:
         "sites": len(names),
         "upper_bytes": upper,
         "rounds": peaks(samples, journey),
-        "set_up": _peak(samples, float("-inf"), journey.at_round(1).at),
+        "set_up": _peak(samples, float("-inf"), journey.edges()[0].at),
         "seconds": journey.round_seconds(),
     }
     return Findings(facts, coordinator_rows(facts))
@@ -261,8 +261,7 @@ def coordinator(bench: Bench) -> Findings:
 
 def peaks(samples: Sequence[Sample], journey: Journey) -> list[dict[str, int]]:
     """Return the peaks of each round: of each process, and of their sum."""
-    starts = [mark.at for mark in journey.marks if mark.phase == "rounds"]
-    return [_peak(samples, begin, end) for begin, end in pairwise(starts)]
+    return [_peak(samples, begin.at, end.at) for begin, end in pairwise(journey.edges())]
 
 
 def _peak(samples: Sequence[Sample], begin: float, end: float) -> dict[str, int]:
@@ -334,7 +333,7 @@ def _pids(stage: Stage) -> Callable[[], Mapping[str, int]]:
 
 def over_rounds(samples: Sequence[Sample], journey: Journey) -> dict[str, list[dict[str, int]]]:
     """Return, by process, what it held as each round ended."""
-    ended = [mark.at for mark in journey.marks if mark.phase == "rounds"][1:]
+    ended = [mark.at for mark in journey.edges()[1:]]
     found: dict[str, list[dict[str, int]]] = {}
     for at in ended:
         sample = min(samples, key=lambda sample: abs(sample.at - at))

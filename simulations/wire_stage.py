@@ -51,11 +51,17 @@ class Journey:
     """A run from its start to its end."""
 
     marks: tuple[Mark, ...]
+    rounds: int
     folder: Path
 
-    def at_round(self, number: int) -> Mark:
-        """Return the mark at which round `number` began; of the round after the last: at which the last ended."""
-        return next(mark for mark in self.marks if mark.phase == "rounds" and mark.done == number - 1)
+    def edges(self) -> list[Mark]:
+        """Return the mark at which each round began, and the one at which the last ended.
+
+        What follows the last round may be shown so soon that its end is not seen: then it ended there.
+        """
+        inside = [number for number, mark in enumerate(self.marks) if mark.phase == "rounds"]
+        found = [self.marks[number] for number in inside]
+        return found if found[-1].done == self.rounds else [*found, self.marks[inside[-1] + 1]]
 
     def after(self, phases: Sequence[str]) -> Mark:
         """Return the first mark that is in none of these phases."""
@@ -63,8 +69,7 @@ class Journey:
 
     def round_seconds(self) -> list[float]:
         """Return the seconds of each round."""
-        starts = [mark.at for mark in self.marks if mark.phase == "rounds"]
-        return [after - before for before, after in pairwise(starts)]
+        return [after.at - before.at for before, after in pairwise(self.edges())]
 
 
 @dataclass
@@ -116,7 +121,7 @@ class Stage:
             raise
         if status != "completed":
             raise ConsiliumError(f"the run is {status}: {(read_board(folder) or {}).get('error', '')}")
-        return Journey(tuple(marks), folder)
+        return Journey(tuple(marks), run.training.rounds, folder)
 
     def _follow(self, folder: Path, marks: list[Mark], end: float) -> str:
         while True:

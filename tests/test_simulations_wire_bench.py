@@ -122,24 +122,25 @@ def test_processes_are_sampled_until_the_block_ends():
     assert len(samples) == count
 
 
-def journey(up=100, down=200):
+def journey(up=100, down=200, missed=()):
     """Two rounds of two sites, each of which passes `up` and `down` a phase, half of it in the set-up."""
     steps = [("starting", 0), ("trunk", 0), ("statistics", 0), ("rounds", 0), ("rounds", 1), ("rounds", 2), ("test", 0)]
     marks = [
         Mark(phase, done, float(at), {"a": Counts(at * up, at * down, 1), "b": Counts(at * up, 2 * at * down, 1)})
         for at, (phase, done) in enumerate(steps)
     ]
-    return Journey(tuple(marks), Path())
+    return Journey(tuple(mark for mark in marks if (mark.phase, mark.done) not in missed), 2, Path())
 
 
 def test_bytes_are_those_between_the_marks():
-    found = wire_bench.round_bytes(journey(), 400, 2)
+    found = wire_bench.round_bytes(journey(), 400)
     assert found == [{"down": 200, "up": 100, "ratio": 0.75}, {"down": 400, "up": 100, "ratio": 1.25}]
     assert wire_bench.set_up_bytes(journey()) == [600, 1000]
     assert wire_bench.phase_bytes(journey()) == {
         "starting": 800, "trunk": 800, "statistics": 800, "rounds": 2400,
     }  # fmt: skip
     assert journey().round_seconds() == [1.0, 1.0]
+    assert journey(missed=[("rounds", 2)]).round_seconds() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
