@@ -73,7 +73,7 @@ class Bench:
     empty_rounds: int = 10
     plain_rounds: int = 3
     crowd: int = 20
-    crowd_rounds: int = 8
+    crowd_rounds: int = 3
     crowd_cut: str = "stages:2"
     long_rounds: int = 50
 
@@ -393,7 +393,7 @@ def _sized(bench: Bench, rounds: int | None) -> Bench:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--section", multiple=True, type=click.Choice(list(SECTIONS)), help="One of them; repeatable [all].")
-@click.option("--rounds", type=int, metavar="N", help="Rounds of each run [3, 10, 8 and 50, by section].")
+@click.option("--rounds", type=int, metavar="N", help="Rounds of each run [3, 10, 3 and 50, by section].")
 @click.option("--sites", type=int, default=20, metavar="N", help="Sites of the coordinator's section [20].")
 @click.option("--json", "as_json", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures here.")
 def main(section: tuple[str, ...], rounds: int | None, sites: int, as_json: Path | None) -> None:
