@@ -34,10 +34,11 @@ format: install ## write the format and the lint fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## figures beside plain Flower (BENCH="--dataset FILE.npz" for other data), intake of files, 20,000 damaged ones
+bench: install ## figures beside plain Flower (BENCH="--dataset FILE.npz" for other data), intake of files, 20,000 damaged ones, the wire
 	$(BIN)/python -P -m simulations.compare $(BENCH)
 	$(BIN)/python -P -m simulations.intake_bench
 	$(BIN)/python -P -m simulations.fuzz
+	$(BIN)/python -P -m simulations.wire_bench
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info

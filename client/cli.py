@@ -1,16 +1,17 @@
-"""`consilium site`: one hospital's own data. Nothing heavy is imported before a command runs."""
+"""`consilium site`: one hospital. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.cli import Group
+from common.cli import Group, once_up
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,12 +31,14 @@ site_option = click.option(
 
 @click.group(cls=Group, context_settings=_SETTINGS)
 def site() -> None:
-    """Look after one hospital's own data; nothing of them leaves this machine.
+    """Look after one hospital: its data, which stay on this machine, and its part in a federation.
 
     \b
     Example:
-      consilium site init radiology --images /data/chest --labels /data/chest.csv
+      consilium site init radiology --name st-anna --images /data/chest --labels /data/chest.csv
       consilium site check radiology/site.toml
+      consilium site join st-anna.invitation.json --site radiology/site.toml
+      consilium site up radiology/site.toml
     """  # noqa: D301  click wants the backspace itself
 
 
@@ -222,31 +225,31 @@ def forget(patients: Path, path: Path, column: str | None, as_json: bool) -> int
 
 
 @site.command(context_settings=_SETTINGS)
-@click.argument("path", metavar="SITE.TOML", type=_SITE_TOML)
+@click.argument("path", metavar="[SITE.TOML]", type=_SITE_TOML, default="site.toml")
+@as_json
 @quiet
-def up(path: Path, quiet: bool) -> int:
+def up(path: Path, as_json: bool, quiet: bool) -> int:
     """Run the site: its daemon and its link to the coordinator, until Ctrl-C or SIGTERM.
 
     \b
     Example:
       consilium site up radiology/site.toml
 
-    What ends is started again; what the two write is in up/ of the site's state.
-    Exit code: 0 stopped, 1 the site is up already, 2 wrong configuration.
+    The site has been checked and has joined before. What ends is started again; what the two write is in up/ of the
+    site's state. With --json, who and where it is once it runs. Exit code: 0 stopped, 1 the site is up already, 2 wrong
+    configuration.
     """  # noqa: D301
     from client import up as running
     from client.site_config import read_site
 
-    def report(line: str) -> None:
-        if not quiet:
-            click.echo(line, err=True)
-
-    running.up(read_site(path), report)
+    config = read_site(path)
+    facts = {"site": config.name, "address": config.toml.coordinator.address, "pid": os.getpid()}
+    running.up(config, once_up(facts if as_json else None, quiet))
     return 0
 
 
 @site.command(context_settings=_SETTINGS)
-@click.argument("path", metavar="SITE.TOML", type=_SITE_TOML)
+@click.argument("path", metavar="[SITE.TOML]", type=_SITE_TOML, default="site.toml")
 @as_json
 def status(path: Path, as_json: bool) -> int:
     """Say how the site stands: what is wrong, and what to do about it.
@@ -258,9 +261,9 @@ def status(path: Path, as_json: bool) -> int:
     Exit code: 0 nothing is wrong, 1 something is, 2 wrong configuration.
     """  # noqa: D301
     from client import status as standing
-    from client.site_config import read_site
+    from client.site_config import read_any_site
 
-    config = read_site(path)
+    config = read_any_site(path)
     found = standing.status(config, standing.ask(config))
     if as_json:
         _print_json(found.document())

@@ -85,7 +85,10 @@ class Cohort:
 
     def aligned(self, label_names: tuple[str, ...]) -> Cohort:
         """Return the cohort with the labels of a run, by name: of several an image, one that it lacks is masked."""
-        if self.kind == "single-label" or label_names == self.label_names:
+        if label_names == self.label_names:
             return self
+        if self.kind == "single-label":
+            places = np.array([label_names.index(name) for name in self.label_names], np.int64)
+            return replace(self, labels=places[self.labels], label_names=label_names)
         columns = multilabel.aligned(self.labels, self.label_names, label_names)
         return replace(self, labels=columns, label_names=label_names)

@@ -19,7 +19,7 @@ from common.errors import ConfigError, UsageError
 from common.strict import parse_toml
 
 TEMPLATE = """\
-# What this hospital says of itself to consilium. Nothing of this file is ever sent.
+# What this hospital says of itself to consilium. Nothing of this file is ever sent but the site's name.
 # Paths are relative to the folder of this file. A line that begins with '#' shows a key with its default.
 
 [site]

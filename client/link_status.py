@@ -95,6 +95,12 @@ WORDS = {
         "The coordinator does not know this site's key, or sees it in use elsewhere.",
         "Send the site's enrolment file to the coordinator. In use elsewhere: stop that link, and wait a minute.",
     ),
+    "withdrawn": Words(
+        "not_enrolled",
+        "The coordinator does not take this site's key any more.",
+        "Ask the coordinator whether it took the site out; to come back, move [coordinator] private_key away and run "
+        "consilium site join with a new invitation.",
+    ),
     "proxy_unreachable": Words(
         "proxy",
         "The proxy cannot be reached.",

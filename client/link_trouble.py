@@ -63,7 +63,7 @@ def _of_answer(response: httpx.Response) -> str:
     if flower_code(response) == VERSION_INCOMPATIBLE:
         return "version"
     if response.status_code == httpx.codes.UNAUTHORIZED:
-        return "not_enrolled" if -_BEHIND < _ahead(response) < _AHEAD else "clock"
+        return "withdrawn" if -_BEHIND < _ahead(response) < _AHEAD else "clock"
     if response.status_code >= 500 or response.status_code == httpx.codes.TOO_MANY_REQUESTS:
         return "gateway"
     return "foreign"

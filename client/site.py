@@ -267,12 +267,16 @@ def _remembered(memory: Memory) -> RunConfig | None:
 
 
 def _labels_fit(run: RunConfig, cohort: Cohort) -> bool:
-    """Return whether a cohort can take part: with the run's labels, or some of them where an image has several."""
+    """Return whether a cohort can take part: all its labels are the run's, or some where an image has several.
+
+    A site that has no image of a label is no worse for that, and in which order a table named them says nothing.
+    """
     if run.task.kind != cohort.kind:
         return False
-    if cohort.kind == "multi-label":
-        return not set(run.task.labels).isdisjoint(cohort.label_names)
-    return run.task.labels == cohort.label_names
+    known = set(run.task.labels)
+    return (
+        not known.isdisjoint(cohort.label_names) if cohort.kind == "multi-label" else known >= set(cohort.label_names)
+    )
 
 
 def _check_class_weights(weights: NDArray[np.float64], run: RunConfig) -> None:

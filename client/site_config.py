@@ -1,4 +1,4 @@
-"""`site.toml`: what one hospital says of itself. Local facts: nothing of it is ever sent.
+"""`site.toml`: what one hospital says of itself. Local facts: nothing of it is ever sent but the name.
 
 Paths are relative to the folder of the file. Limits refuse, they never clamp.
 """

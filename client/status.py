@@ -13,6 +13,7 @@ from cryptography import x509
 
 from client import up
 from client.link_status import GOOD, LOCK, LinkStatus, read_status
+from client.refused import REFUSED
 from client.relay import Relay
 from client.site_config import SiteConfig
 from common.locks import holder
@@ -32,7 +33,7 @@ _LOG = "Look at the end of {}."
 class Finding:
     """One thing that can be said of a site."""
 
-    about: str  # supervisor, daemon, link, certificate
+    about: str  # supervisor, daemon, request, link, certificate
     level: str  # good, warning, wrong
     sentence: str
     remedy: str = ""
@@ -74,7 +75,7 @@ def status(config: SiteConfig, daemon: Mapping[str, Any]) -> SiteStatus:
     """
     supervisor, amiss = _supervisor(config)
     link, said = _link(config)
-    findings = (*amiss, _daemon(config, daemon), said, *_certificates(config, link))
+    findings = (*amiss, _daemon(config, daemon), *_refused(daemon), said, *_certificates(config, link))
     return SiteStatus(config.name, findings, supervisor, daemon, link)
 
 
@@ -125,6 +126,16 @@ def _daemon(config: SiteConfig, said: Mapping[str, Any]) -> Finding:
     return Finding("daemon", "good", words[state])
 
 
+def _refused(said: Mapping[str, Any]) -> Iterator[Finding]:
+    """Tell of the last refusal, if a person can do something about it; it may be of long ago."""
+    found = said.get("refused") or {}
+    words = REFUSED.get(str(found.get("code")))
+    if words is None:
+        return
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(found.get("at") or 0)))
+    yield Finding("request", "warning", f"A request was refused at {when}: {words[0]} ({found['code']}).", words[1])
+
+
 def _share(said: Mapping[str, Any]) -> str:
     return f" ({said['done']} of {said['total']})" if said.get("total") else ""
 
@@ -133,7 +144,7 @@ def _link(config: SiteConfig) -> tuple[LinkStatus | None, Finding]:
     if not config.toml.coordinator.address:
         remedy = "Run consilium site join with the coordinator's invitation."
         return None, Finding("link", "wrong", "The site has joined no coordinator yet.", remedy)
-    folder = up.link_folder(config)
+    folder = config.link_folder
     try:
         found, running = read_status(folder), holder(folder / LOCK) is not None
     except PermissionError:
@@ -152,22 +163,23 @@ def _link(config: SiteConfig) -> tuple[LinkStatus | None, Finding]:
 
 def _certificates(config: SiteConfig, link: LinkStatus | None) -> Iterator[Finding]:
     if link is not None and link.certificate_ends is not None:
-        yield from _ends("the coordinator's certificate", link.certificate_ends)
+        remedy = "Tell the coordinator, who renews it."
+        yield from _ends("the coordinator's certificate", link.certificate_ends, remedy)
     try:
-        authority = x509.load_pem_x509_certificate(up.authority(config).read_bytes())
+        authority = x509.load_pem_x509_certificate(config.ca_certificate.read_bytes())
     except (OSError, ValueError):
         return  # the link says so, where it is not merely closed to this user
-    yield from _ends("the certificate of the coordinator's authority", authority.not_valid_after_utc.timestamp())
+    remedy = "Ask the coordinator for a new invitation, then run consilium site join with it and --again."
+    end = authority.not_valid_after_utc.timestamp()
+    yield from _ends("the certificate of the coordinator's authority", end, remedy)
 
 
-def _ends(what: str, end: float) -> Iterator[Finding]:
+def _ends(what: str, end: float, remedy: str) -> Iterator[Finding]:
     left = end - time.time()
     day = time.strftime("%Y-%m-%d", time.gmtime(end))
     if left < ENDS_SOON:
         verb = "ends" if left > 0 else "ended"
-        yield Finding(
-            "certificate", "warning", f"{what[0].upper()}{what[1:]} {verb} on {day}.", "Tell the coordinator."
-        )
+        yield Finding("certificate", "warning", f"{what[0].upper()}{what[1:]} {verb} on {day}.", remedy)
 
 
 def _reason(error: OSError) -> str:

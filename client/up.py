@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from client.authority import read_authority
 from client.site_config import SiteConfig
 from common.errors import ConfigError
+from common.node_key import read_key
 from common.supervisor import Child, supervise
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
@@ -17,21 +19,6 @@ QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 def logs(config: SiteConfig) -> Path:
     """Return the folder of the supervisor: its state, its lock, and what its children write."""
     return config.state / "up"
-
-
-def authority(config: SiteConfig) -> Path:
-    """Return the file of the coordinator's authority."""
-    return _beside(config, config.toml.coordinator.ca_certificate or "link/ca.pem")
-
-
-def private_key(config: SiteConfig) -> Path:
-    """Return the file of the site's private key."""
-    return _beside(config, config.toml.coordinator.private_key or "link/node.key")
-
-
-def link_folder(config: SiteConfig) -> Path:
-    """Return the folder of the link: that of its key."""
-    return private_key(config).parent
 
 
 def children(config: SiteConfig) -> tuple[Child, ...]:
@@ -53,10 +40,23 @@ def up(config: SiteConfig, report: Callable[[str], None] | None = None) -> None:
         ConfigError: the site has no state yet, or a process cannot run as it is configured.
         ConsiliumError: the site is up already.
     """
-    if not config.secret.exists():
-        raise ConfigError(f"{config.state}: no state of a site yet; run first: consilium site check {config.path}")
+    check(config)
     supervise(children(config), logs(config), report=report)
 
 
-def _beside(config: SiteConfig, path: str) -> Path:
-    return (config.path.parent / Path(path).expanduser()).resolve()
+def check(config: SiteConfig) -> None:
+    """Look at what both processes need, before either is started: the first thing that is wrong is the only one said.
+
+    Raises:
+        ConfigError: something is not as it must be.
+    """
+    coordinator = config.coordinator()
+    try:
+        there = config.secret.exists()
+    except OSError as error:
+        raise ConfigError(f"{config.state}: the site's state cannot be read ({error.strerror})") from None
+    if not there:
+        raise ConfigError(f"{config.state}: no state of a site yet; run first: consilium site check {config.path}")
+    read_key(coordinator.private_key)
+    read_authority(coordinator.ca_certificate)
+    _ = config.socket, config.peers  # refuse what they cannot be

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import sys
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 import click
 
@@ -42,6 +45,24 @@ class Commands(Group):
             command: click.Command = entry.load()
             return command
         return None
+
+
+def once_up(facts: Mapping[str, Any] | None, quiet: bool) -> Callable[[str], None]:
+    """Return what a supervisor reports to: lines on standard error, and facts on standard output with the first.
+
+    Args:
+        facts: printed as one JSON document once the first process is started; None: nothing is.
+        quiet: whether the lines are left out.
+    """
+    waiting = [json.dumps(facts)] if facts is not None else []
+
+    def report(line: str) -> None:
+        if not quiet:
+            click.echo(line, err=True)
+        if waiting and ": started" in line:
+            click.echo(waiting.pop())
+
+    return report
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

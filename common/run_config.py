@@ -201,7 +201,7 @@ class Sites(Section):
     names: Names = ()  # the explicit list, in text order
     quorum: int | None = Field(default=None, ge=1)  # usable replies a round needs; None: all sites
     deadline_s: float = Field(default=3600.0, gt=0)  # seconds a site has to answer
-    patience_s: float = Field(default=120.0, gt=0)  # seconds that a site that is not connected is waited for
+    patience_s: float = Field(default=120.0, gt=0)  # seconds that a site of which nothing is heard is waited for
     max_norm: float | None = Field(default=None, gt=0)  # L2 norm above which an update is not admitted; None: no limit
 
 

@@ -72,7 +72,10 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Mode
 
 
 def _explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    first = found[0]
+    if first["type"] == "missing":  # a key that is misspelt is missing as well, and says more
+        first = next((one for one in found if one["type"] == "extra_forbidden"), first)
     path = [_plain(str(part)) for part in first["loc"]]
     place = f"[{path[0]}] {'.'.join(path[1:])}".strip() if len(path) > 1 else ".".join(path)
     head = f"{where}: {place}" if place else where

@@ -7,11 +7,24 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from common.files import write_atomic
 
 NAME = "progress.json"
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "status": str,
+    "pid": int,
+    "process": str,
+    "phase": str,
+    "done": int,
+    "total": int,
+    "round": int,
+    "rounds": int,
+    "sites": dict,
+    "since": (int, float),
+    "updated": (int, float),
+}
 LEAST_S = 0.25
 """Seconds between two writes of what changes often."""
 
@@ -60,8 +73,10 @@ class Board:
         held.update(at=at, done=done, total=total, since=time.time() if changed else held["since"])
         self._write_if_due(urgent=False)
 
-    def end(self, status: str, error: str = "") -> None:
-        """Show how the run ended."""
+    def end(self, status: str, error: str = "", sites: Mapping[str, str] | None = None) -> None:
+        """Show how the run ended, and what each site was seen to do in it."""
+        for name, ended in (sites or {}).items():
+            self._facts["sites"][name]["ended"] = ended
         self._facts.update(status=status, error=error, phase="ended")
         self._write()
 
@@ -76,14 +91,26 @@ class Board:
 
 
 def read(folder: Path) -> Mapping[str, Any] | None:
-    """Return what a run's board says; `status` is `interrupted` where its engine is gone without a word."""
+    """Return what a run's board says, None where there is none that can be read.
+
+    Its `status` is `interrupted` where the engine is gone without a word.
+    """
     try:
-        facts: dict[str, Any] = json.loads((folder / NAME).read_bytes())
+        facts = json.loads((folder / NAME).read_bytes())
     except (OSError, ValueError):
         return None
-    if facts.get("status") == "running" and process_start(int(facts["pid"])) != facts["process"]:
+    if not _whole(facts):
+        return None
+    if facts["status"] == "running" and process_start(facts["pid"]) != facts["process"]:
         facts["status"] = "interrupted"
     return facts
+
+
+def _whole(facts: Any) -> TypeGuard[dict[str, Any]]:
+    """Return whether this is what a board writes: a file that somebody edited must not end who looks on."""
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in _KINDS.items()):
+        return False
+    return all(isinstance(site, dict) for site in facts["sites"].values())
 
 
 def process_start(pid: int) -> str:

@@ -113,6 +113,7 @@ def enrol(document: Path, path: Path, replace: bool, as_json: bool) -> int:
     Example:
       consilium server enrol st-anna.enrolment.json --server chest/server.toml
 
+    A server that is up lets it in at once. Compare the fingerprint that is printed with what the hospital reads out.
     Exit code: 0 done, 1 its token is not good, or its name or key is taken, 2 wrong use, or the file is none.
     """  # noqa: D301
     from server import enrolment
@@ -170,7 +171,7 @@ def remove(name: str, path: Path, as_json: bool) -> int:
     Example:
       consilium server remove st-anna --server chest/server.toml
 
-    Exit code: 0 done, 1 there is no such site, 2 wrong use.
+    The key is never taken again. Exit code: 0 done, 1 there is no such site, 2 wrong use.
     """  # noqa: D301
     from server import enrolment
     from server.server_config import read_server
@@ -207,7 +208,7 @@ def renew(path: Path, as_json: bool) -> int:
         _print_json(certificate)
         return 0
     click.echo(f"{_shown(config.certificate)}: until {certificate['expires']}, {certificate['days_left']} days")
-    click.echo("A server, or a proxy before it, that is running takes it up when it is started again.")
+    click.echo("A server that is running takes it up within seconds; a proxy before it has to be given it.")
     return 0
 
 
@@ -216,10 +217,14 @@ for command in (run_cli.up, run_cli.run, run_cli.status, run_cli.stop, run_cli.r
 
 
 def _call_roll(config: ServerConfig) -> None:
-    """Tell a SuperLink that is up whom to let in."""
+    """Tell a SuperLink that is up whom to let in; what was recorded stands in any case."""
+    from common.errors import ConsiliumError
     from server import roll
 
-    roll.call(config)
+    try:
+        roll.call(config)
+    except ConsiliumError as error:
+        click.echo(f"warning: recorded, but the SuperLink does not follow: {error}", err=True)
 
 
 def _certificate(config: ServerConfig) -> dict[str, Any]:

@@ -15,11 +15,11 @@ import importlib.metadata
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, Self
 
 import httpx
 import tomli_w
@@ -47,29 +47,24 @@ from flwr.proto.runtime_pb2 import (
 from flwr.serverapp import Grid
 from flwr.supercore.constant import NodeStatus, TaskType
 from flwr.supercore.control.control_http_client import ControlHttpClient
-from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClient, ProtobufRequestContext
-from flwr.supercore.retry import RetryInvoker, exponential
-from flwr.supercore.retry.retry_invoker import RetryState
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid, http_grid
 
 from common.errors import ConfigError, ConsiliumError
-from server.endpoints import OPERATOR_HEADER, Endpoints, read_secret, sign
+from server.control_http import CALL_SECONDS, Client, NoAnswer, Operator, Refused, RunEnded, is_final, opened
+from server.endpoints import Endpoints, read_secret
 
 _log = logging.getLogger("consilium.control")
-_CALL_SECONDS = 30.0
 _BEAT_SECONDS = 10.0
 _PATIENCE_SECONDS = 60.0  # a SuperLink that is being restarted is back within seconds
 _OTHERS_SECONDS = 30.0  # an engine takes its task at once; one that has not by then is dead
-_PASSING = (502, 503, 504)
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _FAILED = "the engine ended before the run was complete; its own log says why"
 # An object is announced before it is there. Flower waits a second before it asks again, which is most of a short round.
@@ -83,20 +78,6 @@ names the run: sites do not fetch it, unpack it or import it, and the coordinato
 server = None
 client = None
 '''
-
-Client = TypeVar("Client", bound=ProtobufClient)
-
-
-class RunEnded(ConsiliumError):
-    """The SuperLink no longer takes anything for this run."""
-
-
-class Refused(ConsiliumError):
-    """The SuperLink declines a request; `code` is Flower's."""
-
-    def __init__(self, text: str, code: int) -> None:
-        super().__init__(text)
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -143,7 +124,7 @@ class Control:
 
     def __init__(self, endpoints: Endpoints, *, patience: float = _PATIENCE_SECONDS) -> None:
         self._where = f"127.0.0.1:{endpoints.operator_port}"
-        self._operator = _Operator(read_secret(endpoints.operator_secret))
+        self._operator = Operator(read_secret(endpoints.operator_secret))
         self._superexec = SuperExecAuthHttpInterceptor(
             master_secret=read_secret(endpoints.superexec_secret), protected_methods=[_ACQUIRE]
         )
@@ -166,7 +147,7 @@ class Control:
         """
         try:
             self.nodes()
-        except _NoAnswer:
+        except NoAnswer:
             return False
         return True
 
@@ -345,22 +326,14 @@ class Control:
         *,
         token: str = "",
         taking: bool = False,
-        seconds: float = _CALL_SECONDS,
+        seconds: float = CALL_SECONDS,
     ) -> Client:
         interceptors: list[Any] = [self._operator]
         if token:
             interceptors.append(RuntimeTokenHttpInterceptor(token))
         if taking:
             interceptors.append(self._superexec)
-        client = kind(
-            f"http://{self._where}",
-            interceptors=interceptors,
-            retry_invoker=None if patience is None else _Patience(patience, self._where),
-        )
-        client._client.close()
-        # A proxy named in the environment must not see the secret, nor a redirect lead it elsewhere.
-        client._client = httpx.Client(trust_env=False, follow_redirects=False, timeout=seconds)
-        return client
+        return opened(kind, self._where, interceptors, patience, seconds)
 
 
 def bundle() -> bytes:
@@ -397,78 +370,12 @@ def roster(grid: Grid) -> dict[str, Present]:
     return {node.name: Present(node.node_id, node.last_activated_at) for node in nodes if node.name}
 
 
-class _NoAnswer(ConsiliumError):
-    """Nobody listens, or nobody answers."""
-
-
-class _Operator:
-    """Signs each request with the operator's secret, and says which Flower speaks."""
-
-    def __init__(self, secret: bytes) -> None:
-        self._secret = secret
-        self._version = dict(RuntimeVersionMetadata.from_local_component("flwr-serverapp").as_metadata())
-
-    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        request = context.request
-        claim = sign(self._secret, int(time.time()), request.url.path, request.content)
-        request.headers.update({**self._version, OPERATOR_HEADER: claim})
-        return call_next(context)
-
-
-class _Patience(RetryInvoker):
-    """Tries again for a bounded time while the SuperLink is away, and ends in one line."""
-
-    def __init__(self, seconds: float, where: str) -> None:
-        super().__init__(
-            lambda: exponential(0.1, max_delay=2),
-            (httpx.TransportError, httpx.HTTPStatusError),
-            max_tries=None,
-            max_time=seconds,
-            should_giveup=_is_final,
-            on_backoff=self._tell,
-        )
-        self._where = where
-
-    def _tell(self, state: RetryState) -> None:
-        if state.tries == 1:
-            _log.warning("the SuperLink at %s does not answer; waiting for it up to %.0f s", self._where, self.max_time)
-
-    def invoke(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().invoke(target, *args, **kwargs)
-        except httpx.TransportError:
-            raise _NoAnswer(
-                f"the coordinator's SuperLink does not answer at {self._where}; start it with `consilium server up`"
-            ) from None
-        except httpx.HTTPStatusError as error:
-            _explain(error.response, self._where)
-
-
 class _Grid(HttpGrid):
     """Flower's grid over a client that knows the operator's secret and when to give up."""
 
     def __init__(self, where: str, token: str, client: RuntimeHttpClient) -> None:
         super().__init__(runtime_api_address=where, insecure=True, token=token)
         self._client = client
-
-
-def _is_final(error: Exception) -> bool:
-    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code not in _PASSING
-
-
-def _explain(response: httpx.Response, where: str) -> NoReturn:
-    """Raise what a status means."""
-    status = response.status_code
-    told = FlowerError.from_json(response.text)
-    if told is None and status == httpx.codes.UNAUTHORIZED:
-        raise ConsiliumError(
-            f"what listens at {where} does not take this operator's secret; is it another coordinator?"
-        )
-    if told is None:
-        raise ConsiliumError(f"the SuperLink at {where} answers with status {status}; its own log says why")
-    if told.code in (ApiErrorCode.RUNTIME_AUTHENTICATION_FAILED, ApiErrorCode.RUNTIME_TASK_START_FAILED):
-        raise RunEnded("the SuperLink has ended this run: it was stopped, or its engine was away for too long")
-    raise Refused(f"the SuperLink at {where} refuses: {told.message} ({told.code})", told.code)
 
 
 def _begin(grid: HttpGrid) -> None:
@@ -485,7 +392,7 @@ def _beat(client: RuntimeHttpClient) -> bool:
     try:
         client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
     except httpx.HTTPStatusError as error:
-        return _is_final(error)
+        return is_final(error)
     except httpx.HTTPError:
         return False
     return True

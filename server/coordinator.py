@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from common import analytic, codec, parameters
 from common.analytic import Sums
+from common.errors import QuorumLost
 from common.messages import (
     Describe,
     Description,
@@ -51,7 +52,8 @@ from server.evaluation import (
     operating_threshold,
     score_for_choice,
 )
-from server.federation import Answer, Federation, Traffic, require_quorum
+from server.federation import Answer, Federation, Traffic
+from server.refusals import quorum_missed
 from server.spill import Spill
 from server.state import RoundLog, RunState
 
@@ -184,7 +186,7 @@ class Coordinator:
                 held = answer.reply.trunk_sha256 == self._run.model.trunk_sha256
                 self._cast.transfers[site] = 0 if held else 1
                 self._received[site] = answer.reply.trunk_bytes
-        require_quorum(len(self._cast.support), self._quorum, len(names), "setup")
+        self._require(len(self._cast.support), "setup")
         if self._start.every_label:
             census.check_labels(self._pooled_support(), self._run.task.labels)
 
@@ -222,8 +224,18 @@ class Coordinator:
             answers[answer.site] = answer
             if answer.reply is None:
                 self._drop(answer)
-        require_quorum(len(self._cast.support), self._quorum, len(self._run.sites.names), phase)
+        self._require(len(self._cast.support), phase)
         return answers
+
+    def _require(self, usable: int, phase: str) -> None:
+        """Check that enough sites are in.
+
+        Raises:
+            QuorumLost: too few, with the reason of each that is not.
+        """
+        if usable < self._quorum:
+            statuses = {name: self._cast.status.get(name, "lost(absent)") for name in self._run.sites.names}
+            raise QuorumLost(quorum_missed(phase, usable, self._quorum, statuses))
 
     def _drop(self, answer: Answer) -> None:
         self._cast.note(answer)
@@ -299,7 +311,7 @@ class Coordinator:
                     self._cast.status[expected] = "contributed"
                     total = part if total is None else total + part
                 expected = next(order, "")
-        require_quorum(len(self._cast.support), self._quorum, len(self._run.sites.names), "statistics")
+        self._require(len(self._cast.support), "statistics")
         assert total is not None  # noqa: S101  the quorum is at least one site
         return total
 
@@ -362,7 +374,7 @@ class Coordinator:
         for answer in self._federation.ask(dict.fromkeys(self._cast.ready, request)):
             tally.add(self._admit_round(answer, current.edges))
             self._cast.status[answer.site] = tally.status(answer.site)
-        require_quorum(len(tally.contributions), self._quorum, len(self._run.sites.names), f"round {number}")
+        self._require(len(tally.contributions), f"round {number}")
         judged = self._judged(current, Measured(current.edges, tally.evaluations))
         weights = aggregator.aggregate(number, received, tally.contributions)
         seconds = time.monotonic() - begin
@@ -444,7 +456,7 @@ class Coordinator:
                     self._cast.status[answer.site] = f"quarantined({rejected})"
             else:
                 self._cast.note(answer)
-        require_quorum(len(found), self._quorum, len(self._run.sites.names), phase)
+        self._require(len(found), phase)
         return Measured(edges, found)
 
     def _test(self, current: RunState) -> Measured:

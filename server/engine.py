@@ -21,6 +21,7 @@ from types import FrameType
 from typing import NoReturn
 
 from common.errors import CheckpointError, ConsiliumError
+from common.locks import exclusive
 from common.run_config import RunConfig
 from server import result
 from server.board import Board
@@ -30,7 +31,7 @@ from server.drawing import drawn_apart
 from server.federation import Federation, Network, Present
 from server.report import page
 from server.result import Surroundings, TrunkFacts
-from server.runs import RUN, ended_runs
+from server.runs import ended_runs, read_plan
 from server.server_config import ServerConfig, read_server
 
 PART_BYTES = 4 * 2**20
@@ -39,8 +40,11 @@ PART_BYTES = 4 * 2**20
 _log = logging.getLogger("consilium.engine")
 
 
-class Stopped(ConsiliumError):
-    """The coordinator ended the run."""
+class Stopped(BaseException):
+    """The coordinator ended the run; nothing on the way takes it for a failure that it can get over."""
+
+
+STOPPED = "stopped by the coordinator; `consilium server resume` goes on where it was"
 
 
 @dataclass(frozen=True)
@@ -57,23 +61,55 @@ def run(config: ServerConfig, folder: Path) -> str:
     Raises:
         ConsiliumError: the run failed; what was reached is in the folder.
     """
-    plan = RunConfig.from_toml((folder / RUN).read_text(encoding="utf-8"), str(folder / RUN))
-    with alone(folder):
-        board = Board(folder, plan.sites.names, plan.training.rounds)
-        begin = time.monotonic()
-        cast = Cast()
-        bench: Bench | None = None
+    plan = read_plan(folder)
+    with exclusive(config.state / "engine.lock", "the engine of a run"), alone(folder):
+        return _Drive(config, plan, folder).status()
+
+
+class _Drive:
+    """One attempt at a run."""
+
+    def __init__(self, config: ServerConfig, plan: RunConfig, folder: Path) -> None:
+        self._config = config
+        self._plan = plan
+        self._folder = folder
+        self._begin = time.monotonic()
+        self._cast = Cast()
+        self._bench: Bench | None = None
+        self._board = Board(folder, plan.sites.names, plan.training.rounds)
+
+    def status(self) -> str:
+        """Drive the run and return how it ended."""
         try:
-            bench = prepared(config, plan, folder)
-            outcome = _drive(config, bench.start, board, cast)
+            return self._completed()
+        except Stopped:
+            raise self._ended("stopped", STOPPED) from None
         except ConsiliumError as error:
-            if bench is not None:
-                _failed(folder, bench.around, cast, error, time.monotonic() - begin)
-            board.end("stopped" if isinstance(error, Stopped) else "failed", str(error))
-            raise
-        status = _completed(folder, bench.around, outcome)
-        board.end(status)
+            raise self._ended("failed", str(error)) from None
+        except OSError as error:  # the disk is full, or the folder was taken away
+            place = error.filename or self._folder
+            raise self._ended("failed", f"{place}: cannot be used ({error.strerror or error})") from None
+
+    def _completed(self) -> str:
+        self._bench = prepared(self._config, self._plan, self._folder)
+        outcome = _drive(self._config, self._bench.start, self._board, self._cast)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left takes a moment, and must not be left half done
+        status = _completed(self._folder, self._bench.around, outcome)
+        self._board.end(status, sites=self._cast.status)
         return status
+
+    def _ended(self, status: str, text: str) -> ConsiliumError:
+        """Leave what was reached, and return what to say."""
+        try:
+            if self._bench is not None:
+                seconds = time.monotonic() - self._begin
+                rounds = result.read_rounds(self._folder)
+                found = result.failed(text, self._bench.around, self._cast, rounds, seconds)
+                result.finish(self._folder, found, page.write)
+            self._board.end(status, text, self._cast.status)
+        except (OSError, ConsiliumError) as error:
+            _log.warning("what was reached cannot be kept: %s", error)
+        return ConsiliumError(text)
 
 
 @contextmanager
@@ -83,7 +119,10 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         ConsiliumError: one does.
     """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConsiliumError(f"{folder}: cannot be used ({error.strerror}), expected a run's folder") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -145,14 +184,9 @@ def _completed(folder: Path, around: Surroundings, outcome: Outcome) -> str:
     return str(found["status"])
 
 
-def _failed(folder: Path, around: Surroundings, cast: Cast, error: ConsiliumError, seconds: float) -> None:
-    rounds = result.read_rounds(folder)
-    result.finish(folder, result.failed(str(error), around, cast, rounds, seconds), page.write)
-
-
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the sites are told now
-    raise Stopped("stopped by the coordinator; `consilium server resume` goes on where it was")
+    raise Stopped
 
 
 def main(arguments: list[str]) -> int:
@@ -167,6 +201,8 @@ def main(arguments: list[str]) -> int:
     except ConsiliumError as error:
         _log.error("%s", error)
         return error.exit_code
+    except Stopped:  # before there was anything to end
+        return 1
     _log.info("the run is %s", status)
     return 0 if status == "completed" else 3
 

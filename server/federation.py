@@ -5,13 +5,14 @@ quarantined; none of it stops the others.
 
 On a network (a `roster` is given) an answer can be lost, and the work of a site takes longer than a message may: the
 site says `Pending`, and is asked again. Whatever went wrong on the way is asked again too, for a request that comes
-twice finds its work done. A site that is not connected is waited for `patience_s`, then it is lost.
+twice finds its work done. A site of which nothing is heard is waited for `patience_s`, then it is lost; the next time
+it has to show itself sooner. So a site that is dead does not cost the others a deadline each round.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
@@ -19,7 +20,7 @@ from typing import Literal
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from common.errors import QuorumLost, SiteRefusal
+from common.errors import SiteRefusal
 from common.messages import (
     KINDS,
     Collect,
@@ -45,6 +46,9 @@ LOOK_S = 1.0
 
 LONGEST_EXCHANGE_S, SLOWEST_BYTES_S = 60.0, 50_000
 """An answer that is later than this many seconds and bytes a second was lost on the way, and is asked for again."""
+
+PROBATION_S = 30.0
+"""Seconds that a site has to show itself if it was lost when last asked."""
 
 MOST_DEADLINES = 23
 """Deadlines by which a site that goes on working may be late while the run is prepared: a day, by default."""
@@ -75,7 +79,7 @@ class Network:
     """What a federation over a network needs to know of it."""
 
     roster: Roster
-    patience_s: float = 120.0  # how long a site that is not connected is waited for
+    patience_s: float = 120.0  # how long a site of which nothing is heard is waited for
     pull_bytes: int = 64 * 2**20  # replies that are taken in at once
 
 
@@ -109,14 +113,6 @@ class Answer:
     traffic: Traffic = Traffic()
 
 
-@dataclass(frozen=True)
-class _Load:
-    """A request as it travels, and the bytes that it had before it was packed: of weights, and of all else."""
-
-    record: RecordDict
-    weight: tuple[int, int]
-
-
 @dataclass
 class _Errand:
     """One site's request on its way: sent, worked at, asked for again."""
@@ -124,9 +120,9 @@ class _Errand:
     site: str
     node: int
     kind: str
-    record: RecordDict
-    weight: tuple[int, int]  # bytes of the record, weights and all else
-    packed: bool = False  # as it travels over a network
+    record: RecordDict  # as it travels
+    weight: tuple[int, int]  # bytes in it, weights and all else
+    packed: bool = False  # over a network
     message: str = ""  # identity of what is out; empty: nothing is
     sent: float = 0.0
     since: str = ""  # of the node that has it
@@ -136,7 +132,8 @@ class _Errand:
     done: tuple[str, int] = ("", 0)  # phase of the work, and how much of it is done
     moved: float = 0.0  # when that changed, where it gives the site more time
     failures: int = 0
-    absent: float | None = None  # since when the site is not connected
+    life: float = field(default_factory=time.monotonic)  # when the site was last heard of
+    trouble: str = "deadline"  # why nothing is heard of it
     traffic: Traffic = Traffic()
 
     def next_message(self) -> Message:
@@ -150,15 +147,16 @@ class _Errand:
         self.traffic = self.traffic + Traffic(weights_down=weights, other_down=other)
         return Message(record, dst_node_id=self.node, message_type=kind)
 
-    def again(self) -> None:
-        """Send the request anew, the later the more often that failed."""
-        self.message, self.ticket = "", ""
-        self.due = time.monotonic() + min(10.0, 0.5 * 2**self.failures)
+    def again(self, *, unknown: bool = False) -> None:
+        """Send once more what was out, the later the more often that failed; if its ticket is unknown, the request."""
+        self.message, self.ticket = "", "" if unknown else self.ticket
+        self.due = time.monotonic() + min(10.0, 0.1 * 3**self.failures)
         self.failures += 1
 
     def wait(self, found: Pending) -> None:
         """Ask after the work, the later the longer it has taken."""
         self.message, self.ticket, self.failures = "", found.ticket, 0
+        self.life, self.trouble = time.monotonic(), "deadline"
         self.due = time.monotonic() + min(5.0, 0.05 * (time.monotonic() - self.begun))
 
 
@@ -180,6 +178,7 @@ class Federation:
         self._network = network
         self._watch = watch or (lambda _site, _what, _done, _total: None)
         self._nodes: dict[str, int] = {}
+        self._silent: set[str] = set()  # who was lost when last asked
 
     @property
     def sites(self) -> list[str]:
@@ -192,10 +191,10 @@ class Federation:
         On a network, nodes that are enrolled under other names are sent nothing. In a process, every node is asked who
         it is, and those of other names are left alone for the rest of the run.
         """
-        load = self._encoded(request)
+        record = to_record(request)
         nodes = self._connected(names) if self._network else {str(node): node for node in self._await_nodes(len(names))}
         answers: dict[str, Answer] = {}
-        addressed = {key: (node, load) for key, node in nodes.items()}
+        addressed = {key: (node, record) for key, node in nodes.items()}
         for answer in self._exchange(addressed, Description, preparing=True):
             named = self._named(answer)
             if named is not None and named.site in names and named.site not in answers:
@@ -225,19 +224,13 @@ class Federation:
         """
         if not requests:
             return
-        loads: dict[int, _Load] = {}
+        records: dict[int, RecordDict] = {}
         for request in requests.values():
-            if id(request) not in loads:
-                loads[id(request)] = self._encoded(request)
-        addressed = {site: (self._nodes[site], loads[id(request)]) for site, request in sorted(requests.items())}
+            if id(request) not in records:
+                records[id(request)] = to_record(request)
+        addressed = {site: (self._nodes[site], records[id(request)]) for site, request in sorted(requests.items())}
         kind, expected = KINDS[type(next(iter(requests.values())))]
         yield from self._exchange(addressed, expected, kind, within_s, preparing=preparing)
-
-    def _encoded(self, request: Request) -> _Load:
-        """Return a request as it travels."""
-        plain = to_record(request)
-        weight = count_bytes(plain)
-        return _Load(packed(to_bytes(plain)) if self._network else plain, weight)
 
     def _await_nodes(self, count: int) -> list[int]:
         """Return the connected nodes once there are enough of them, or those there are at the deadline."""
@@ -263,35 +256,52 @@ class Federation:
 
     def _exchange(
         self,
-        addressed: Mapping[str, tuple[int, _Load]],
+        addressed: Mapping[str, tuple[int, RecordDict]],
         expected: type[Reply],
         kind: str = KINDS[Describe][0],
         within_s: float | None = None,
         *,
         preparing: bool,
     ) -> Iterator[Answer]:
+        parcels = {id(record): self._parcel(record) for _, record in addressed.values()}
         errands = [
-            _Errand(site, node, kind, load.record, load.weight, packed=self._network is not None)
-            for site, (node, load) in addressed.items()
+            _Errand(site, node, kind, *parcels[id(record)], packed=self._network is not None)
+            for site, (node, record) in addressed.items()
         ]
         deadline_s = self._deadline_s if within_s is None else within_s
-        exchange = _Exchange(self._grid, self._network, self._watch, expected, preparing=preparing)
-        yield from exchange.answers(errands, deadline_s)
+        silent = frozenset(self._silent)
+        exchange = _Exchange(self._grid, self._network, self._watch, expected, silent, preparing=preparing)
+        for answer in exchange.answers(errands, deadline_s):
+            (self._silent.add if answer.status == "lost" else self._silent.discard)(answer.site)
+            yield answer
+
+    def _parcel(self, record: RecordDict) -> tuple[RecordDict, tuple[int, int]]:
+        """Return records as they travel, and the bytes in them: weights and all else."""
+        return (packed(to_bytes(record)) if self._network else record), count_bytes(record)
 
 
 class _Exchange:
     """One request to several sites, until each has answered or is given up."""
 
     def __init__(
-        self, grid: Grid, network: Network | None, watch: Watch, expected: type[Reply], *, preparing: bool
+        self,
+        grid: Grid,
+        network: Network | None,
+        watch: Watch,
+        expected: type[Reply],
+        silent: Collection[str],
+        *,
+        preparing: bool,
     ) -> None:
         self._grid = grid
         self._network = network
         self._watch = watch
         self._expected = expected
+        self._silent = silent
         self._preparing = preparing
         self._open: dict[str, _Errand] = {}
         self._looked = time.monotonic()
+        self._found: tuple[float, Mapping[str, Present]] = (float("-inf"), {})
 
     def answers(self, errands: Iterable[_Errand], deadline_s: float) -> Iterator[Answer]:
         """Yield an answer for every errand."""
@@ -318,13 +328,19 @@ class _Exchange:
         due = [errand for errand in self._open.values() if not errand.message and errand.due <= now]
         if not due:
             return
-        connected = self._network.roster() if self._network else {}
+        connected = self._connected(now)
         for errand in due:
             errand.since = connected[errand.site].since if errand.site in connected else ""
         for errand, identity in zip(due, self._grid.push_messages([e.next_message() for e in due]), strict=True):
             errand.message, errand.sent = identity or "", now
             if not identity:
                 errand.again()
+
+    def _connected(self, now: float) -> Mapping[str, Present]:
+        """Return who was connected within the last `LOOK_S`: sites come due one by one, and each question costs."""
+        if self._network is not None and now >= self._found[0] + LOOK_S:
+            self._found = now, self._network.roster()
+        return self._found[1]
 
     def _receive(self) -> Iterator[Answer]:
         out = {errand.message: errand for errand in self._open.values() if errand.message}
@@ -387,7 +403,9 @@ class _Exchange:
         """Return a failure as the answer, or None where a network may be at fault and the request goes out again."""
         if again and self._network:
             self._watch(errand.site, reason, 0, 0)
-            errand.again()
+            if reason == "unavailable":
+                errand.trouble = reason
+            errand.again(unknown=reason == "unknown_ticket")
             return None
         return Answer(errand.site, None, status, reason, errand.traffic)
 
@@ -397,36 +415,32 @@ class _Exchange:
         if self._network is None or now < self._looked + LOOK_S:
             return
         self._looked = now
-        connected = self._network.roster()
+        connected = self._connected(now)
         for errand in list(self._open.values()):
             present = connected.get(errand.site)
             if present is None:
-                errand.absent = now if errand.absent is None else errand.absent
+                errand.trouble = "absent"
                 self._watch(errand.site, "not connected", 0, 0)
-                if now >= errand.absent + self._network.patience_s:
-                    del self._open[errand.site]
-                    yield Answer(errand.site, None, "lost", "absent", errand.traffic)
-                continue
-            errand.absent = None
-            restarted = errand.since not in ("", present.since)
-            if errand.message and (restarted or now >= errand.sent + _attempt_s(errand.weight)):
-                errand.again()
-            errand.since = present.since
+            else:
+                self._check_message(errand, present, now)
+            if now >= errand.life + self._patience_s(errand):
+                del self._open[errand.site]
+                yield Answer(errand.site, None, "lost", errand.trouble, errand.traffic)
+
+    def _check_message(self, errand: _Errand, present: Present, now: float) -> None:
+        """Send again what died with a link that was started anew, or was lost in some other way."""
+        restarted = errand.since not in ("", present.since)
+        if errand.message and (restarted or now >= errand.sent + LONGEST_EXCHANGE_S + _transfer_s(errand)):
+            errand.again()
+        errand.since = present.since
+
+    def _patience_s(self, errand: _Errand) -> float:
+        """Return how long a site may be silent: one that works says so within seconds; who was lost is on probation."""
+        assert self._network is not None  # noqa: S101  asked on a network alone
+        patience = self._network.patience_s
+        return (min(patience, PROBATION_S) if errand.site in self._silent else patience) + _transfer_s(errand)
 
 
-def _attempt_s(weight: tuple[int, int]) -> float:
-    """Return how long a message and its answer may be on their way: no site works on one for longer than seconds."""
-    return LONGEST_EXCHANGE_S + sum(weight) / SLOWEST_BYTES_S
-
-
-def require_quorum(usable: int, quorum: int, total: int, what: str) -> None:
-    """Check that enough sites are in.
-
-    Raises:
-        QuorumLost: too few, with what to do.
-    """
-    if usable < quorum:
-        raise QuorumLost(
-            f"{what}: {usable} of {total} sites gave a usable answer, the quorum is {quorum}; "
-            "mend the sites and run again with --resume, or start a run with a lower --quorum"
-        )
+def _transfer_s(errand: _Errand) -> float:
+    """Return how long a request and an answer of its size may be on their way."""
+    return sum(errand.weight) / SLOWEST_BYTES_S

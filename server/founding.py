@@ -57,7 +57,9 @@ class Founded:
     state: Path
 
 
-def found(folder: Path, address: str, name: str | None = None, listen: str | None = None) -> Founded:
+def found(
+    folder: Path, address: str, name: str | None = None, listen: str | None = None, operator_port: int | None = None
+) -> Founded:
     """Make the folder of a new coordinator: `server.toml`, `runs/`, and `state/` with keys, certificates and secrets.
 
     Args:
@@ -65,6 +67,7 @@ def found(folder: Path, address: str, name: str | None = None, listen: str | Non
         address: what hospitals dial, host:port.
         name: of the coordinator; None: the folder's, if it can be one, else `coordinator`.
         listen: host:port of the public listener; None: all addresses of this machine, at the port of `address`.
+        operator_port: of the operator's listener; None: 9444, or the one after it where that is taken.
 
     Raises:
         ConfigError: a name, an address or a port that cannot be.
@@ -74,7 +77,7 @@ def found(folder: Path, address: str, name: str | None = None, listen: str | Non
     made = False
     try:
         _check_free(folder)
-        text = server_toml(folder, address, name, listen)
+        text = server_toml(folder, address, name, listen, operator_port)
         config = ServerConfig(folder / NAME, parse_server(parse_toml(text, NAME), NAME))
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +89,9 @@ def found(folder: Path, address: str, name: str | None = None, listen: str | Non
     return Founded(config.name, folder / NAME, folder / "state")
 
 
-def server_toml(folder: Path, address: str, name: str | None, listen: str | None) -> str:
+def server_toml(
+    folder: Path, address: str, name: str | None, listen: str | None, operator_port: int | None = None
+) -> str:
     """Return the text of a new `server.toml`.
 
     Raises:
@@ -94,7 +99,7 @@ def server_toml(folder: Path, address: str, name: str | None, listen: str | None
     """
     dialled = _address(address, "--address")
     heard = _address(listen, "--listen") if listen is not None else Address("0.0.0.0", dialled.port)  # noqa: S104
-    operator = _OPERATOR_PORT + (heard.port == _OPERATOR_PORT)
+    operator = _OPERATOR_PORT + (heard.port == _OPERATOR_PORT) if operator_port is None else operator_port
     text = TEMPLATE.format(
         name=_assignment("name", _default_name(folder) if name is None else name),
         address=_assignment("address", str(dialled)),

@@ -19,6 +19,7 @@ from server import census, state
 from server.coordinator import Cast, Outcome, contributed_rounds
 from server.evaluation import curves
 from server.federation import Traffic
+from server.refusals import troubles
 
 SCHEMA = 1
 SPLITS = ("train", "validation", "test")
@@ -86,7 +87,7 @@ def failed(error: str, around: Surroundings, cast: Cast, rounds: list[dict[str, 
         "baselines": None,
         "curves": None,
         "traffic": {},
-        "warnings": list(around.warnings),
+        "warnings": [*around.warnings, *_troubles(cast)],
         "seconds": {"features": 0.0, "rounds": 0.0, "baselines": 0.0, **around.seconds, "total": total},
     }
 
@@ -136,11 +137,17 @@ def _warnings(outcome: Outcome, pooled: Mapping[str, Any], labels: tuple[str, ..
     found = []
     if not outcome.complete:
         found.append({"code": "partial_run", "message": "at least one site missed a round or the test"})
+        found += _troubles(outcome.cast)
     tiny = [label for label in labels if pooled["support"][label] < TINY_SUPPORT]
     if tiny:
         message = f"fewer than {TINY_SUPPORT} test examples of {', '.join(tiny)}: these figures say little"
         found.append({"code": "tiny_support", "message": message})
     return found
+
+
+def _troubles(cast: Cast) -> list[dict[str, str]]:
+    """Return what is wrong with sites, and what the coordinator can do about it."""
+    return [{"code": "site", "message": f"{site}: {text}"} for site, text in troubles(cast.status).items()]
 
 
 def write_model(folder: Path, outcome: Outcome, around: Surroundings, result: Mapping[str, Any]) -> None:

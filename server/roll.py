@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 
 from common.errors import ConsiliumError
 from server.control import Control
+from server.control_http import NoAnswer
 from server.enrolment import enrolled
 from server.server_config import ServerConfig
 
@@ -35,9 +37,22 @@ def call(config: ServerConfig, patience_s: float = 0.0) -> bool:
         for node in control.nodes():
             if node.name not in sites:
                 control.unregister(node.name)
-        for name, key in sites.items():
-            control.register(name, key)
+        _register(control, sites)
     return True
+
+
+def _register(control: Control, sites: Mapping[str, str]) -> None:
+    """Register every site, also after one that cannot be, then say which those were."""
+    failed = []
+    for name, key in sites.items():
+        try:
+            control.register(name, key)
+        except NoAnswer:
+            raise
+        except ConsiliumError as error:
+            failed.append(str(error))
+    if failed:
+        raise ConsiliumError("; ".join(failed))
 
 
 def at_start(config: ServerConfig) -> None:
@@ -46,4 +61,4 @@ def at_start(config: ServerConfig) -> None:
         if not call(config, START_S):
             _log.error("the SuperLink does not answer, so no site was registered")
     except ConsiliumError as error:
-        _log.error("not every site could be registered: %s", error)
+        _log.error("not every site is let in: %s", error)

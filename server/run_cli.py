@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from common.cli import once_up
+
 if TYPE_CHECKING:
+    from common.run_config import RunConfig, Task
     from server.server_config import ServerConfig
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -26,23 +31,30 @@ server_option = click.option(
 
 @click.command(context_settings=_SETTINGS)
 @server_option
+@as_json
 @quiet
-def up(path: Path, quiet: bool) -> int:
+def up(path: Path, as_json: bool, quiet: bool) -> int:
     """Run the coordinator: hospitals can connect, and runs can be started, until Ctrl-C or SIGTERM.
 
     \b
     Example:
       consilium server up --server chest/server.toml
 
-    Exit code: 0 ended, 1 failed (a port is in use, or it is up already), 2 wrong configuration.
+    With --json, who and where it is once it runs. Exit code: 0 ended, 1 failed (a port is in use, or it is up already),
+    2 wrong configuration.
     """  # noqa: D301
     from server import up as process
     from server.server_config import read_server
 
     config = read_server(path)
-    if not quiet:
-        click.echo(f"coordinator {config.name}: hospitals reach it at {config.address}; Ctrl-C ends it", err=True)
-    process.up(config, None if quiet else lambda text: click.echo(text, err=True))
+    facts = {
+        "name": config.name,
+        "address": str(config.address),
+        "listen": str(config.listen),
+        "operator_port": config.operator_port,
+        "pid": os.getpid(),
+    }
+    process.up(config, once_up(facts if as_json else None, quiet))
     return 0
 
 
@@ -60,19 +72,20 @@ def run(plan: Path, path: Path, output: Path | None, detach: bool, as_json: bool
     Example:
       consilium server run chest.toml --server chest/server.toml
 
-    Ctrl-C stops looking on; the run goes on (`consilium server stop` ends it).
+    RUN.toml needs [task] labels, the same as at the sites; what it leaves out has the defaults of `consilium simulate`.
+    Ctrl-C, or closing the terminal, stops looking on; the run goes on (`consilium server stop` ends it).
     Exit code: 0 done, 1 failed, 2 wrong use, 3 completed in part.
     """  # noqa: D301
     from server import runs
-    from server.plan import settled
     from server.server_config import read_server
 
     config = read_server(path)
-    _require_up(config)
     asked, task = runs.plan_of(plan, config)
-    found = settled(asked, task, asked.sites.names, "generic")
-    folder = runs.make_folder(config, found.run, output)
-    runs.launch(config, folder)
+    _require_up(config)
+    runs.check_idle(config)
+    settled = _settled(asked, task, plan)
+    with _going_on():
+        folder = runs.begin(config, settled, output)
     return _looked_on(folder, detach, as_json, quiet)
 
 
@@ -89,7 +102,8 @@ def resume(folder: Path | None, path: Path, detach: bool, as_json: bool, quiet: 
     Example:
       consilium server resume --server chest/server.toml
 
-    It ends with the same bytes as if nothing had happened, if the same sites contribute.
+    It ends with the same bytes as if nothing had happened, if the same sites contribute. A run that is going on is
+    looked on at.
     Exit code: 0 done, 1 failed, 2 there is nothing to resume, 3 completed in part.
     """  # noqa: D301
     from server import runs
@@ -99,7 +113,8 @@ def resume(folder: Path | None, path: Path, detach: bool, as_json: bool, quiet: 
     known = runs.named(config, folder, resumable=True)
     if known.status != "running":
         _require_up(config)
-        runs.launch(config, known.folder)
+        with _going_on():
+            runs.launch(config, known.folder)
     return _looked_on(known.folder, detach, as_json, quiet)
 
 
@@ -172,13 +187,49 @@ def report(folder: Path | None, path: Path, as_json: bool) -> int:
     from server.server_config import read_server
 
     place = folder or runs.named(read_server(path), None, resumable=False).folder
+    found = _result(place)
+    if found is None:
+        raise UsageError(f"{place}: holds no result.json of a run that has ended; see `consilium server status`")
     try:
-        found: dict[str, Any] = json.loads((place / "result.json").read_bytes())
-    except (OSError, ValueError):
-        raise UsageError(f"{place}: holds no result.json of a run that has ended") from None
-    page.write(found, place / "report.html")
+        page.write(found, place / "report.html")
+    except OSError as error:
+        raise UsageError(f"{place / 'report.html'}: cannot be written ({error.strerror})") from None
     _show_end(place, found, as_json, closing.show)
     return 0
+
+
+def _result(folder: Path) -> dict[str, Any] | None:
+    """Return the result of a run's folder, or None where none can be read."""
+    try:
+        found = json.loads((folder / "result.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"schema", "status", "config", "test"} <= found.keys() else None
+
+
+def _settled(asked: RunConfig, task: Task, path: Path) -> RunConfig:
+    """Return the run of a plan, after building its model once."""
+    from common.errors import ConfigError
+    from server.plan import settled
+
+    try:
+        return settled(asked, task, asked.sites.names, "generic").run
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Let Ctrl-C end this command alone while an engine is coming up."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _left("a run that was begun") from None
+
+
+def _left(what: str) -> click.exceptions.Exit:
+    click.echo(f"\n{what}: goes on; see `consilium server status`, end it with `consilium server stop`", err=True)
+    return click.exceptions.Exit(0)
 
 
 def _require_up(config: ServerConfig) -> None:
@@ -215,21 +266,23 @@ def _looked_on(folder: Path, detach: bool, as_json: bool, quiet: bool) -> int:
         with Reporter(quiet=quiet) as reporter:
             ended = runs.follow(folder, lambda facts: _show_phase(facts, reporter))
     except KeyboardInterrupt:
-        click.echo(f"\n{folder}: goes on; see `consilium server status`, end it with `consilium server stop`", err=True)
-        return 0
-    if ended not in runs.ENDED:
+        raise _left(str(folder)) from None
+    found = _result(folder) if ended in runs.ENDED else None
+    if found is None:
         raise ConsiliumError(_why(folder, ended))
-    found: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
     _show_end(folder, found, as_json, closing.show)
     return _CODES[ended]
 
 
 def _why(folder: Path, ended: str) -> str:
-    from server import board
+    from server import board, runs
 
+    if ended == "gone":
+        return f"{folder}: the run's folder is gone, so nothing of the run can be kept; start a new one"
     error = (board.read(folder) or {}).get("error")
-    hint = "" if ended == "stopped" else "; `consilium server resume` goes on with it"
-    return f"{error}{hint}" if error else f"{folder}: the run was {ended}{hint}"
+    if not error:
+        return f"{folder}: the run is {ended}; {folder / runs.LOG} says why, `consilium server resume` goes on with it"
+    return str(error) if ended == "stopped" else f"{error}; `consilium server resume` goes on with it"
 
 
 def _show_phase(facts: Mapping[str, Any], reporter: Any) -> None:

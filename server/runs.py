@@ -11,6 +11,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from common.errors import ConfigError, ConsiliumError, UsageError
 from common.files import write_atomic, write_json
 from common.run_config import RunConfig, Task, build
 from common.strict import read_toml
+from common.supervisor import bound_to
 from server import board
 from server.endpoints import LEAN, QUIET
 from server.enrolment import enrolled
@@ -33,11 +36,15 @@ from server.server_config import ServerConfig
 
 RUN = "run.toml"
 LOG = "engine.log"
+LIST = "runs.json"
 ENDED = frozenset({"completed", "completed_partial"})
 """States of a run that nothing can go on from."""
 
 START_S = 120.0
 """Seconds that an engine has to show itself: it imports torch on a machine that may be busy."""
+
+STOP_S = 90.0
+"""Seconds that an engine has to end: it tells its sites, and may be waiting for a SuperLink that does not answer."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +64,18 @@ class RunFacts:
 def plan_of(path: Path, config: ServerConfig) -> tuple[RunConfig, Task]:
     """Return what a `run.toml` asks for, with its sites named, and the task.
 
+    A run over real sites needs `[task] labels`: those that every site uses, in the same order, and for several labels
+    an image `kind = "multi-label"`. `[data] preset` and `image_size` have to be those of the sites' own `site.toml`,
+    else they refuse; left out, they are the preset `generic` and its size, as they are at a site. `[sites] names` may
+    be left out: then every enrolled site takes part, and all have to answer unless `quorum` is lower.
+
     Raises:
         ConfigError: it cannot be read, lacks what a run over real sites needs, or names a site that is not enrolled.
     """
     values = read_toml(path)
     values.pop("simulation", None)  # a run that was simulated first is a good draft
     plan = build(values, str(path))
-    if len(plan.task.labels) < (1 if plan.task.kind == "multi-label" else 2):
-        raise ConfigError(f'{path}: [task] labels: expected the labels that all sites use, such as ["normal", "sick"]')
+    _check_task(plan.task, path)
     known = {site.name for site in enrolled(config)}
     names = plan.sites.names or tuple(sorted(known))
     strangers = [name for name in names if name not in known]
@@ -75,8 +86,26 @@ def plan_of(path: Path, config: ServerConfig) -> tuple[RunConfig, Task]:
         )
     if not names:
         raise ConfigError(f"{path}: no site is enrolled yet; invite one with `consilium server invite NAME`")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{path}: [sites] names: got {', '.join(names)}, expected every name once")
+    if plan.sites.quorum and plan.sites.quorum > len(names):
+        raise ConfigError(f"{path}: [sites] quorum: got {plan.sites.quorum}, expected at most {len(names)}, all sites")
     sites = plan.sites.model_copy(update={"names": names})
     return plan.model_copy(update={"sites": sites}), plan.task
+
+
+def _check_task(task: Task, path: Path) -> None:
+    least = 1 if task.kind == "multi-label" else 2
+    if len(task.labels) < least or len(set(task.labels)) < len(task.labels) or not all(task.labels):
+        raise ConfigError(
+            f"{path}: [task] labels: got {list(task.labels)}, expected the labels that all sites use, at least {least} "
+            'and each once, such as ["normal", "sick"]'
+        )
+    if task.name and not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,62}", task.name):
+        raise ConfigError(
+            f"{path}: [task] name: got {task.name!r}, expected up to 63 letters, digits, '.', '_' and '-', for the "
+            "run's folder is called after it"
+        )
 
 
 def make_folder(config: ServerConfig, run: RunConfig, folder: Path | None) -> Path:
@@ -85,19 +114,29 @@ def make_folder(config: ServerConfig, run: RunConfig, folder: Path | None) -> Pa
     Raises:
         UsageError: the folder is in use, or cannot be written.
     """
+    known = _listed(config)  # before anything is made: a list that is damaged is told first
     place = folder or next_folder(config.runs, run)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists() and any(place.iterdir()):
+        if place.is_symlink() or (place.exists() and any(place.iterdir())):
             raise UsageError(f"{place}: the folder is in use; name another, or go on with `consilium server resume`")
-        scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-        scratch.chmod(0o755)
-        write_atomic(scratch / RUN, run.to_toml().encode())
-        scratch.rename(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _move_in(place, run.to_toml().encode())
     except OSError as error:
-        raise UsageError(f"{place}: cannot be written ({error.strerror})") from None
-    remember(config, place)
-    return place
+        raise UsageError(f"{place}: no run can be made there ({error.strerror})") from None
+    _remember(config, [*known, str(place.resolve())])
+    return place.resolve()
+
+
+def _move_in(place: Path, content: bytes) -> None:
+    """Make a folder with one file out of sight, and give it its name; an empty one of that name is replaced."""
+    scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    try:
+        scratch.chmod(0o755)
+        write_atomic(scratch / RUN, content)
+        scratch.rename(place)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 def next_folder(root: Path, run: RunConfig) -> Path:
@@ -114,34 +153,73 @@ def next_folder(root: Path, run: RunConfig) -> Path:
 
 def remember(config: ServerConfig, folder: Path) -> None:
     """Keep a run on the coordinator's list."""
-    known = [*_listed(config), str(folder.resolve())]
-    write_json(config.state / "runs.json", list(dict.fromkeys(known)))
+    _remember(config, [*_listed(config), str(folder.resolve())])
+
+
+def _remember(config: ServerConfig, folders: list[str]) -> None:
+    try:
+        write_json(config.state / LIST, list(dict.fromkeys(folders)))
+    except OSError as error:
+        raise ConsiliumError(f"{config.state / LIST}: cannot be written ({error.strerror})") from None
 
 
 def _listed(config: ServerConfig) -> list[str]:
+    path = config.state / LIST
     try:
-        return [str(path) for path in json.loads((config.state / "runs.json").read_bytes())]
+        found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError):
-        raise ConsiliumError(f"{config.state / 'runs.json'}: damaged; remove it, runs stay in their folders") from None
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, list) or not all(isinstance(folder, str) for folder in found):
+        raise ConsiliumError(
+            f"{path}: damaged, expected a list of folders; remove it: the runs in {config.runs} are found without it"
+        )
+    return found
+
+
+def _in_place(root: Path) -> list[str]:
+    """Return the folders of runs below the folder of the runs, by age."""
+    try:
+        found = [path.parent for path in root.glob(f"[!.]*/{RUN}")]  # one with a dot is still being made
+        return [str(folder) for folder in sorted(found, key=lambda folder: (folder / RUN).stat().st_mtime)]
+    except OSError:  # a run that is being deleted, or none yet
+        return []
 
 
 def runs(config: ServerConfig) -> list[RunFacts]:
-    """Return the runs whose folders are still there, the oldest first."""
-    found = []
-    for folder in map(Path, _listed(config)):
-        try:
-            run = RunConfig.from_toml((folder / RUN).read_text(encoding="utf-8"), RUN)
-        except (OSError, ConsiliumError):
-            continue
-        found.append(RunFacts(folder, run.fingerprint(), board.read(folder) or {}))
-    return found
+    """Return the runs whose folders are still there, the oldest first.
+
+    Raises:
+        ConsiliumError: the list of runs is damaged.
+    """
+    listed = _listed(config)
+    forgotten = [folder for folder in _in_place(config.runs) if folder not in listed]
+    found = map(_facts, map(Path, [*forgotten, *listed]))
+    return [run for run in found if run is not None]
+
+
+def _facts(folder: Path) -> RunFacts | None:
+    """Return the run of a folder; of one whose plan is damaged, or of another version, all but its fingerprint."""
+    try:
+        fingerprint = read_plan(folder).fingerprint()
+    except ConsiliumError:
+        fingerprint = ""
+    return RunFacts(folder, fingerprint, board.read(folder) or {}) if (folder / RUN).is_file() else None
+
+
+def read_plan(folder: Path) -> RunConfig:
+    """Return the settled run of a folder.
+
+    Raises:
+        ConfigError: it is gone or damaged, or another version wrote it.
+    """
+    return build(read_toml(folder / RUN), str(folder / RUN))
 
 
 def ended_runs(config: ServerConfig, but: str) -> tuple[str, ...]:
     """Return the fingerprints of the latest runs that no engine drives, but for one."""
-    idle = [run.fingerprint for run in runs(config)[-20:] if run.status != "running"]
+    idle = [run.fingerprint for run in runs(config)[-20:] if run.status != "running" and run.fingerprint]
     return tuple(dict.fromkeys(fingerprint for fingerprint in idle if fingerprint != but))
 
 
@@ -175,7 +253,13 @@ def named(config: ServerConfig, folder: Path | None, *, resumable: bool) -> RunF
 @contextmanager
 def _starting(config: ServerConfig) -> Iterator[None]:
     """Let no two engines be started at a time: each would find that there is none."""
-    handle = os.open(config.state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        handle = os.open(config.state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(
+            f"{config.state}: cannot be used ({error.strerror}), expected the coordinator's state; bring it back from "
+            "your backup, or make a new one with `consilium server init`"
+        ) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -183,62 +267,123 @@ def _starting(config: ServerConfig) -> Iterator[None]:
         os.close(handle)
 
 
-def launch(config: ServerConfig, folder: Path) -> None:
-    """Start the engine of a run in a session of its own: it goes on when the terminal is closed.
+def check_idle(config: ServerConfig) -> None:
+    """Check that no run is being driven.
+
+    Raises:
+        ConsiliumError: one is.
+    """
+    other = active(config)
+    if other is not None:
+        raise ConsiliumError(
+            f"{other.folder}: this run is being driven; wait for its end, or end it with `consilium server stop`"
+        )
+
+
+def begin(config: ServerConfig, run: RunConfig, folder: Path | None) -> Path:
+    """Make the folder of a settled run and start its engine, unless another run is being driven.
+
+    Raises:
+        UsageError: the folder is in use, or cannot be written.
+        ConsiliumError: another run is being driven, or the engine does not come up.
+    """
+    with _starting(config):
+        check_idle(config)
+        place = make_folder(config, run, folder)
+        _launch(config, place, bound=False)
+    return place
+
+
+def launch(config: ServerConfig, folder: Path, *, bound: bool = False) -> subprocess.Popen[bytes]:
+    """Start the engine of a run that has its folder, and return it once it shows where it is.
+
+    Args:
+        config: the coordinator.
+        folder: the run's.
+        bound: whether the engine ends with the process, and the thread, that calls this; else it goes on.
 
     Raises:
         ConsiliumError: another run is being driven, or the engine does not come up.
     """
     with _starting(config):
-        other = active(config)
-        if other is not None:
-            raise ConsiliumError(
-                f"{other.folder}: this run is being driven; wait for its end, or end it with `consilium server stop`"
-            )
-        before = board.read(folder)
+        check_idle(config)
+        return _launch(config, folder, bound=bound)
+
+
+def _launch(config: ServerConfig, folder: Path, *, bound: bool) -> subprocess.Popen[bytes]:
+    """Start an engine in a session of its own, so that it goes on when the terminal is closed."""
+    before = _identity(folder)
+    try:
         with (folder / LOG).open("ab") as log:
+            said = log.tell()
             process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", "-m", "server.engine", str(config.path), str(folder)],
+                [sys.executable, "-P", "-m", "server.engine", str(config.path), str(folder.resolve())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
                 env={**os.environ, **QUIET, **LEAN},
+                preexec_fn=bound_to(os.getpid()) if bound else None,
             )
-        _await(process, folder, None if before is None else before.get("pid"))
+    except OSError as error:
+        raise ConsiliumError(f"{folder}: the engine cannot be started ({error.strerror})") from None
+    try:
+        _await(process, folder, before, said)
+    except BaseException:
+        if bound:
+            process.kill()
+            process.wait()
+        raise
+    return process
 
 
-def _await(process: subprocess.Popen[bytes], folder: Path, old: object) -> None:
+def _identity(folder: Path) -> object:
+    """Return what tells one engine of a run from the next."""
+    facts = board.read(folder) or {}
+    return facts.get("pid"), facts.get("process")
+
+
+def _await(process: subprocess.Popen[bytes], folder: Path, before: object, said: int) -> None:
     """Wait until the engine shows where it is, or has ended."""
     end = time.monotonic() + START_S
     while time.monotonic() < end:
-        facts = board.read(folder)
-        if facts is not None and facts.get("pid") != old:
+        if _identity(folder) != before:
             return
         if process.poll() is not None:
-            raise ConsiliumError(_last_words(folder))
+            raise ConsiliumError(_last_words(folder, said))
         time.sleep(0.05)
     raise ConsiliumError(f"{folder}: the engine does not start; see {folder / LOG}")
 
 
-def _last_words(folder: Path) -> str:
+def _last_words(folder: Path, since: int) -> str:
+    """Return what an engine that ended at once said last, in its log from a place on."""
     try:
-        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (folder / LOG).read_bytes()[since:].decode("utf-8", "replace").splitlines()
     except OSError:
         lines = []
-    line = next((line for line in reversed(lines) if " ERROR " in line), lines[-1] if lines else "it said nothing")
-    return line.partition(" ERROR ")[2].partition(" ")[2] or line
+    errors = [line.partition(" ERROR ")[2].partition(" ")[2] for line in lines if " ERROR " in line]
+    if errors:
+        return errors[-1]
+    said = f" ({lines[-1].strip()})" if lines else ""
+    return f"{folder}: the engine ended before the run began{said}; see {folder / LOG}"
 
 
-def stop(run: RunFacts, patience_s: float = 30.0) -> None:
-    """End a run that is being driven: its sites are told, its state stays.
+def stop(run: RunFacts, patience_s: float = STOP_S) -> None:
+    """End a run that is being driven: its sites are told, its state stays; nothing happens where it has just ended.
 
     Raises:
         ConsiliumError: the engine does not end.
     """
     pid, started = int(run.facts["pid"]), run.facts["process"]
-    if board.process_start(pid) == started:
-        os.kill(pid, signal.SIGTERM)
+    try:
+        if board.process_start(pid) == started:
+            os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        pass  # it ended by itself just now
+    except PermissionError:
+        raise ConsiliumError(
+            f"{run.folder}: its engine (process {pid}) belongs to another user, who can end it"
+        ) from None
     end = time.monotonic() + patience_s
     while board.process_start(pid) == started:
         if time.monotonic() >= end:
@@ -247,10 +392,12 @@ def stop(run: RunFacts, patience_s: float = 30.0) -> None:
 
 
 def follow(folder: Path, show: Callable[[Mapping[str, Any]], None]) -> str:
-    """Show where a run is until its engine has ended, and return its status."""
+    """Show where a run is until its engine has ended, and return its status; `gone` where its folder was deleted."""
     while True:
-        facts = board.read(folder) or {}
+        facts = board.read(folder)
+        if facts is None:
+            return "interrupted" if folder.is_dir() else "gone"
         show(facts)
-        if facts.get("status") != "running":
-            return str(facts.get("status", "interrupted"))
+        if facts["status"] != "running":
+            return str(facts["status"])
         time.sleep(0.2)

@@ -21,6 +21,7 @@ class CertificateStatus:
     expires: datetime
     days_left: int
     warning: str  # one line that says what to do; empty if all is well
+    trusted: bool = True  # whether hospitals can connect now
 
 
 def hosts(address: Address) -> tuple[str, ...]:
@@ -60,7 +61,9 @@ def status(config: ServerConfig, now: datetime | None = None) -> CertificateStat
     moment = now or datetime.now(UTC)
     found = certificates.check(config.ca_certificate, config.certificate, config.key, config.address.host, moment)
     server = certificates.describe(certificates.read_certificates(config.certificate)[0])
-    return CertificateStatus(server.expires, server.days_left(moment), _warning(config, server, found, moment))
+    return CertificateStatus(
+        server.expires, server.days_left(moment), _warning(config, server, found, moment), not found
+    )
 
 
 def _warning(config: ServerConfig, server: Described, found: Sequence[str], now: datetime) -> str:

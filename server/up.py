@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import ConfigError, ConsiliumError
+from common.locks import holder
 from common.supervisor import Child, supervise
 from server import tls
-from server.endpoints import LEAN, QUIET
+from server.endpoints import LEAN, QUIET, read_secret
 from server.server_config import ServerConfig, read_server
 
 
@@ -26,7 +27,8 @@ def up(config: ServerConfig, report: Callable[[str], None] | None = None) -> Non
 
     Args:
         config: the coordinator.
-        report: told of every start and end of a process, and of a certificate that ends soon.
+        report: told once that all was found in order, of a certificate that ends soon, and of every start and end of a
+            process.
 
     Raises:
         ConfigError: there is no state, or something in it cannot be used.
@@ -34,15 +36,44 @@ def up(config: ServerConfig, report: Callable[[str], None] | None = None) -> Non
     """
     if not config.state.is_dir():
         raise ConfigError(f"{config.state}: there is no such folder; `consilium server init` makes a coordinator")
-    if not config.behind_proxy:
-        certificate = tls.status(config)
-        if certificate.days_left < 0:
-            raise ConfigError(certificate.warning)
-        if certificate.warning and report is not None:
-            report(f"warning: {certificate.warning}")
+    _check_alone(config)
+    warning = _check(config)
+    report = report or (lambda _text: None)
+    report(f"coordinator {config.name}: hospitals reach it at {config.address}; Ctrl-C ends it")
+    if warning:
+        report(f"warning: {warning}")
     argv = (sys.executable, "-P", "-m", "server.up", "superlink", str(config.path))
     superlink = Child("superlink", argv, {**QUIET, **LEAN})
     supervise((superlink,), logs(config), report=report)
+
+
+def _check_alone(config: ServerConfig) -> None:
+    """Say first that the coordinator is up already: its ports are in use then, which would be the next thing found."""
+    try:
+        other = holder(logs(config) / "supervisor.lock")
+    except OSError:
+        return  # the supervisor says what is wrong with it
+    if other is not None:
+        raise ConsiliumError(f"the coordinator is up already, as process {other}; end that one first: kill {other}")
+
+
+def _check(config: ServerConfig) -> str:
+    """Check what the SuperLink needs before it is started, and return what has to be seen to soon.
+
+    A process under a supervisor would be started again and again, and say why in its log alone.
+    """
+    from server.superlink import check_free
+
+    for secret in (config.operator_secret, config.superexec_secret):
+        read_secret(secret)
+    warning = ""
+    if not config.behind_proxy:
+        certificate = tls.status(config)
+        if not certificate.trusted:
+            raise ConfigError(f"no hospital could connect: {certificate.warning}")
+        warning = certificate.warning
+    check_free(config.endpoints)
+    return warning
 
 
 def _up(config: ServerConfig) -> None:

@@ -129,9 +129,9 @@ def _rehearse(**options: Any) -> int:
     Example:
       consilium rehearse --dataset pneumoniamnist.npz --image-size 128 --sites 3 --no-baselines
 
-    A coordinator and every hospital are founded, enrolled and started, the run is made, and everything is taken away
-    again. The same options give byte for byte the upper.safetensors of the simulation. Not for a rehearsal: --fault and
-    --backend ray. Exit code: 0 done, 1 failed, 2 wrong use, 3 completed in part.
+    A coordinator and every hospital are founded, enrolled and started, the run is made, and everything but the output
+    folder is taken away again. The same options give byte for byte the upper.safetensors of the simulation. --fault and
+    --backend ray are for the simulation alone. Exit code: 0 done, 1 failed, 2 wrong use, 3 completed in part.
     """  # noqa: D301
     _quiet_dependencies()
     from simulations.rehearse import rehearse as run

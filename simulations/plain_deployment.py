@@ -26,7 +26,7 @@ from common import certificates
 from common.errors import ConsiliumError
 from common.supervisor import bound_to
 from server.endpoints import QUIET
-from simulations.rehearse import free_ports
+from simulations.stage import free_ports
 
 _APP = '''"""Nothing is trained: what is left is what a round costs."""
 

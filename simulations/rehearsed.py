@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from client import daemon, up
+from client import up
 from client.cohort import Cohort
 from client.site_config import read_site
 from common.errors import ConsiliumError
@@ -66,6 +66,8 @@ def _up(path: Path) -> None:
 
 
 def _daemon(path: Path) -> None:
+    from client import daemon  # takes seconds that the supervisor has no use for
+
     config = read_site(path)
     if not daemon.serve(config, lambda _progress: read(config.path.parent)):
         sys.stderr.flush()

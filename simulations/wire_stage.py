@@ -5,7 +5,11 @@ Before each site's link there is a tap, and each step of a run is marked in time
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,16 +26,18 @@ from client.site_config import read_site
 from common.errors import ConsiliumError
 from common.invitation import write_document
 from common.run_config import RunConfig
-from common.supervisor import read_state
+from common.supervisor import bound_to, read_state
 from server import enrolment
 from server import runs as server_runs
 from server import up as server_up
 from server.board import read as read_board
+from server.endpoints import QUIET
 from server.server_config import ServerConfig
-from simulations import rehearse
+from simulations import stage as founding
 from simulations.runner import Scene
 from simulations.tap import Counts, Tap, tapped
 
+START_S = 240.0
 LOOK_S = 0.02
 """Seconds between two looks at where a run is."""
 
@@ -109,16 +115,13 @@ class Stage:
             ConsiliumError: it did not complete.
         """
         marks = [self._mark("starting", 0)]
-        server_runs.make_folder(self.config, run, folder)
-        server_runs.launch(self.config, folder)
+        engine = server_runs.launch(self.config, server_runs.make_folder(self.config, run, folder), bound=True)
         end = time.monotonic() + limit_s
         try:
             status = self._follow(folder, marks, end)
-        except BaseException:
-            running = server_runs.active(self.config)
-            if running is not None:
-                server_runs.stop(running)
-            raise
+        finally:
+            engine.terminate()  # it has ended, or the run is given up
+            engine.wait(founding.STOP_S)
         if status != "completed":
             raise ConsiliumError(f"the run is {status}: {(read_board(folder) or {}).get('error', '')}")
         return Journey(tuple(marks), run.training.rounds, folder)
@@ -147,8 +150,8 @@ def coordinator() -> Iterator[tuple[Stage, ExitStack]]:
     root = Path(tempfile.mkdtemp(prefix="consilium-"))
     try:
         with ExitStack() as stack:
-            config = rehearse.coordinator(root)
-            stack.enter_context(rehearse.running("coordinator", ["server.up", "up", str(config.path)], root))
+            config = founding.coordinator(root)
+            stack.enter_context(_running("coordinator", ["server.up", "up", str(config.path)], root))
             yield Stage(root, config), stack
     except ConsiliumError as error:
         raise ConsiliumError(f"{error}{_said(root)}") from None
@@ -160,12 +163,13 @@ def coordinator() -> Iterator[tuple[Stage, ExitStack]]:
 def real_sites(scene: Scene) -> Iterator[Stage]:
     """Start a coordinator and the sites of a scene, each with a daemon and a link that dials its tap."""
     with coordinator() as (stage, stack):
-        for name in scene.sites:
+        for number, name in enumerate(scene.sites):
             tap = stack.enter_context(tapped(stage.config.listen.port))
             stage.taps[name] = tap
-            stage.sites[name] = path = rehearse.hospital(stage.root, _dialled(stage.config, tap.port), scene, name)
-            stack.enter_context(rehearse.running(name, ["simulations.rehearsed", "up", str(path)], stage.root))
-        rehearse.await_all(stage.config, list(scene.sites), _silent)
+            place, dialled = stage.root / "sites" / str(number), _dialled(stage.config, tap.port)
+            stage.sites[name] = path = founding.hospital(place, dialled, name, scene.sites[name], scene.device)
+            stack.enter_context(_running(name, ["simulations.rehearsed", "up", str(path)], stage.root))
+        _await_all(stage.config, list(scene.sites))
         yield stage
 
 
@@ -187,8 +191,8 @@ def light_sites(names: Sequence[str], prepare: Callable[[Path], Any]) -> Iterato
             joining.join(made.config, invitation, answer)
             enrolment.enrol(stage.config, answer)
         prepare(stage.root)
-        stack.enter_context(rehearse.running("sites", ["simulations.light_sites", str(stage.root)], stage.root))
-        rehearse.await_all(stage.config, names, _silent)
+        stack.enter_context(_running("sites", ["simulations.light_sites", str(stage.root)], stage.root))
+        _await_all(stage.config, names)
         yield stage
 
 
@@ -208,5 +212,33 @@ def _said(root: Path) -> str:
     return "".join(lines)
 
 
-def _silent(_phase: str, _done: int, _total: int) -> None:
-    pass
+@contextmanager
+def _running(name: str, command: Sequence[str], root: Path) -> Iterator[None]:
+    """Run a command until the end of the block; it ends with this process, whatever becomes of this process."""
+    with (root / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-P", "-m", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, **QUIET},
+            preexec_fn=bound_to(os.getpid()),
+        )
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(founding.STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _await_all(config: ServerConfig, names: Sequence[str]) -> None:
+    stage, end = founding.Stage(config, {}), time.monotonic() + START_S
+    while missing := sorted(set(names) - stage.connected()):
+        if time.monotonic() >= end:
+            raise ConsiliumError(f"{', '.join(missing)}: not connected within {START_S:.0f} s")
+        time.sleep(0.2)

@@ -29,7 +29,8 @@ def test_one_label_an_image():
     cohort = cohort_of(np.array([0, 1, 1, 0]))
     assert cohort.kind == "single-label"
     assert [cohort.support(split).tolist() for split in ("train", "validation", "test")] == [[1, 1], [0, 1], [1, 0]]
-    assert cohort.aligned(("b", "a")) is cohort
+    assert cohort.aligned(("a", "b")) is cohort
+    assert cohort.aligned(("b", "c", "a")).labels.tolist() == [2, 0, 0, 2]
 
 
 def test_several_labels_an_image():

@@ -43,9 +43,12 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from client.link import LinkSettings, check_addresses, read_authority, read_private_key
+from client.authority import read_authority
+from client.link import LONGEST_PAUSE, SHORTEST_PAUSE, LinkSettings, pause
 from client.link_status import WORDS, LinkStatus, StatusFile, read_status
 from client.link_trouble import Trouble, code_of
+from client.site_config import Coordinator
+from common.address import parse_address
 from common.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +73,8 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from client import link
+from client.site_config import Coordinator
+from common.address import parse_address
 from common.errors import ConsiliumError
 
 app = ClientApp()
@@ -91,9 +96,10 @@ def modules(message, context):
 
 logging.basicConfig(level=logging.INFO)
 signal.signal(signal.SIGTERM, link._end)
-values = json.loads(sys.argv[1])
-paths = {name: Path(values.pop(name)) for name in ("ca_certificate", "private_key", "folder")}
-settings = link.LinkSettings(**values, **paths)
+site, address, proxy, *paths = json.loads(sys.argv[1])
+certificate, key, folder = map(Path, paths)
+coordinator = Coordinator(parse_address(address), certificate, key, proxy)
+settings = link.LinkSettings(site, coordinator, folder)
 try:
     link.run(settings, app)
 except ConsiliumError as error:
@@ -245,12 +251,14 @@ class SuperLink:
 
 
 def ask(grid: HttpGrid, node: int, kind: str, content: RecordDict, seconds: float = 20.0) -> tuple[Message, float]:
-    """Send a message, and return the reply and how long it took."""
+    """Send a message, again if Flower answers with an error, and return the reply and how long it took."""
     begin = time.monotonic()
     ids = list(grid.push_messages([Message(content, node, kind)]))
     while time.monotonic() - begin < seconds:
         for reply in grid.pull_messages(ids):
-            return reply, time.monotonic() - begin
+            if reply.has_content():
+                return reply, time.monotonic() - begin
+            ids = list(grid.push_messages([Message(content, node, kind)]))  # the site was away
         time.sleep(0.01)
     raise AssertionError("no reply")
 
@@ -267,7 +275,9 @@ class Links:
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, settings: LinkSettings) -> subprocess.Popen[bytes]:
-        values = {name: str(value) for name, value in vars(settings).items()}
+        there = settings.coordinator
+        values = [settings.site, str(there.address), there.proxy]
+        values += map(str, (there.ca_certificate, there.private_key, settings.folder))
         env = {**os.environ, "PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0"}
         env |= {"https_proxy": "http://127.0.0.1:9", "ALL_PROXY": "http://127.0.0.1:9"}  # nobody may heed them
         with (self.folder / "link.log").open("ab") as log:
@@ -286,7 +296,12 @@ def make_settings(folder: Path, superlink: SuperLink, key: ec.EllipticCurvePriva
     (folder / "node.key").write_bytes(key_pem(key, openssh=True))
     (folder / "node.key").chmod(0o600)
     (folder / "ca.pem").write_bytes(pem(superlink.ca[0]))
-    return LinkSettings("st-anna", superlink.address, folder / "ca.pem", folder / "node.key", "", folder)
+    there = Coordinator(parse_address(superlink.address), folder / "ca.pem", folder / "node.key", None)
+    return LinkSettings("st-anna", there, folder)
+
+
+def elsewhere(settings: LinkSettings, **changes: Any) -> LinkSettings:
+    return replace(settings, coordinator=replace(settings.coordinator, **changes))
 
 
 def says(settings: LinkSettings, code: str) -> Callable[[], bool]:
@@ -392,9 +407,9 @@ def test_a_killed_link_is_back_in_seconds(superlink: SuperLink, site: Enrolled, 
         first.wait()
         begin = time.monotonic()
         second = links.start(site.settings)
-        reply, _ = ask(grid, site.node, "query.echo", empty(), 10)
+        reply, _ = ask(grid, site.node, "query.echo", empty(), 20)
         assert reply.content["who"]["pid"] == second.pid
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 20  # the lease of the first lasts a minute
 
 
 @pytest.mark.slow
@@ -432,7 +447,7 @@ def test_a_key_that_is_not_enrolled_yet_is_waited_for(superlink: SuperLink, tmp_
     node = superlink.register(key, "late")
     until(says(settings, "connected"), 25)
     superlink.unregister(node)
-    until(says(settings, "not_enrolled"), 10)
+    until(says(settings, "withdrawn"), 10)
 
 
 @pytest.mark.slow
@@ -440,7 +455,7 @@ def test_a_link_says_what_is_wrong_with_a_certificate(
     superlink: SuperLink, site: Enrolled, tmp_path: Path, links: Links
 ) -> None:
     foreign = certificate("authority")  # of the same name: only the key tells them apart
-    site.settings.ca_certificate.write_bytes(pem(foreign[0]))
+    site.settings.coordinator.ca_certificate.write_bytes(pem(foreign[0]))
     links.start(site.settings)
     until(says(site.settings, "untrusted"))
     assert told(site.settings).state == "certificate"
@@ -539,7 +554,7 @@ class Proxy:
 def test_a_proxy_carries_everything(superlink: SuperLink, site: Enrolled, links: Links) -> None:
     proxy = Proxy()
     try:
-        settings = replace(site.settings, proxy=f"http://127.0.0.1:{proxy.port}")
+        settings = elsewhere(site.settings, proxy=f"http://127.0.0.1:{proxy.port}")
         process = links.start(settings)
         until(says(settings, "connected"))
         with superlink.grid() as grid:
@@ -560,7 +575,7 @@ def test_a_proxy_carries_everything(superlink: SuperLink, site: Enrolled, links:
 def test_a_proxy_that_refuses(site: Enrolled, links: Links, answer: bytes) -> None:
     proxy = Proxy(answer)
     try:
-        settings = replace(site.settings, proxy=f"http://127.0.0.1:{proxy.port}")
+        settings = elsewhere(site.settings, proxy=f"http://127.0.0.1:{proxy.port}")
         links.start(settings)
         until(says(settings, "proxy_refuses"))
     finally:
@@ -571,9 +586,9 @@ def test_a_proxy_that_refuses(site: Enrolled, links: Links, answer: bytes) -> No
 def test_places_that_lead_nowhere(tmp_path: Path, links: Links, superlink: SuperLink) -> None:
     settings = make_settings(tmp_path / "link", superlink, ec.generate_private_key(ec.SECP384R1()))
     for changed, code in (
-        (replace(settings, address=f"127.0.0.1:{free_port()}"), "refused"),
-        (replace(settings, address="nowhere.invalid:443"), "unknown_host"),
-        (replace(settings, proxy=f"http://127.0.0.1:{free_port()}"), "proxy_unreachable"),
+        (elsewhere(settings, address=parse_address(f"127.0.0.1:{free_port()}")), "refused"),
+        (elsewhere(settings, address=parse_address("nowhere.invalid:443")), "unknown_host"),
+        (elsewhere(settings, proxy=f"http://127.0.0.1:{free_port()}"), "proxy_unreachable"),
     ):
         process = links.start(changed)
         until(says(changed, code))
@@ -587,13 +602,13 @@ def test_an_answer_that_is_no_coordinators_is_not_followed(tmp_path: Path, links
     import http.server
     import ssl
 
-    elsewhere = socket.create_server(("127.0.0.1", 0))
-    elsewhere.setblocking(False)
+    other = socket.create_server(("127.0.0.1", 0))
+    other.setblocking(False)
 
     class Redirect(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.send_response(307)
-            self.send_header("location", f"https://127.0.0.1:{elsewhere.getsockname()[1]}/v1/fleet/activate-node")
+            self.send_header("location", f"https://127.0.0.1:{other.getsockname()[1]}/v1/fleet/activate-node")
             self.send_header("content-length", "0")
             self.end_headers()
 
@@ -612,11 +627,11 @@ def test_an_answer_that_is_no_coordinators_is_not_followed(tmp_path: Path, links
             links.start(settings)
             until(says(settings, "foreign"))
             with pytest.raises(BlockingIOError):
-                elsewhere.accept()
+                other.accept()
         finally:
             server.shutdown()
             thread.join()
-            elsewhere.close()
+            other.close()
 
 
 @pytest.mark.slow
@@ -634,39 +649,22 @@ def settings(tmp_path: Path) -> LinkSettings:
     return make_settings(tmp_path / "link", SuperLink(tmp_path), ec.generate_private_key(ec.SECP384R1()))
 
 
-@pytest.mark.parametrize(
-    "address", ["", "host", "host:", "host:0", "host:65536", ":1", "https://host:1", "a b:1", "u@host:1", "host:1/x"]
-)
-def test_a_malformed_address_is_refused(settings: LinkSettings, address: str) -> None:
-    with pytest.raises(ConfigError, match="expected host:port"):
-        check_addresses(replace(settings, address=address))
-    with pytest.raises(ConfigError, match="expected http://host:port"):
-        check_addresses(replace(settings, proxy=f"http://{address}" if address else "host:1"))
+def test_pauses_grow_with_the_time_since_the_last_message() -> None:
+    times = [0.1 * step for step in range(1000)]
+    pauses = [pause(seconds) for seconds in times]
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == (SHORTEST_PAUSE, LONGEST_PAUSE)
+    assert all(found <= max(SHORTEST_PAUSE, 0.1 * seconds) for found, seconds in zip(pauses, times, strict=True))
 
 
-@pytest.mark.parametrize("address", ["host:1", "10.0.0.1:443", "[::1]:9443", "a-b.example.org:65535"])
-def test_a_good_address_is_taken(settings: LinkSettings, address: str) -> None:
-    check_addresses(replace(settings, address=address, proxy=f"http://{address}"))
-
-
-def test_a_key_that_cannot_be_used_is_one_line(settings: LinkSettings) -> None:
-    path = settings.private_key
-    assert isinstance(read_private_key(path), ec.EllipticCurvePrivateKey)
-    path.chmod(0o640)
-    with pytest.raises(ConfigError, match="mode 0640.*chmod 600"):
-        read_private_key(path)
-    path.chmod(0o600)
-    for content in (b"", b"nonsense", b"-----BEGIN OPENSSH PRIVATE KEY-----\n\n-----END OPENSSH PRIVATE KEY-----\n"):
-        path.write_bytes(content)
-        with pytest.raises(ConfigError, match="expected an EC key"):
-            read_private_key(path)
-    path.unlink()
-    with pytest.raises(ConfigError, match="No such file"):
-        read_private_key(path)
+def test_a_coordinator_that_answers_slowly_is_asked_less() -> None:
+    assert pause(0, 0.01) == SHORTEST_PAUSE
+    for took in (0.05, 0.1, 0.5, 1.0, 30.0):
+        assert pause(0, took) == min(4 * took, LONGEST_PAUSE)
 
 
 def test_an_authority_that_cannot_be_used_is_one_line(settings: LinkSettings) -> None:
-    path = settings.ca_certificate
+    path = settings.coordinator.ca_certificate
     read_authority(path)
     for content in (b"", b"nonsense", b"\xff", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"):
         path.write_bytes(content)
@@ -680,7 +678,7 @@ def test_an_authority_that_cannot_be_used_is_one_line(settings: LinkSettings) ->
 def test_wrong_configuration_ends_with_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "site.toml").write_text('[site]\nname = "a"\n[data]\nimages = "."\n[coordinator]\naddress = "h:1"\n')
     for arguments, said in (
-        ([str(tmp_path / "site.toml")], "private key cannot be read"),
+        ([str(tmp_path / "site.toml")], r"node\.key: missing, expected the site's private key"),
         ([str(tmp_path / "none.toml")], "cannot be read"),
         ([], "usage"),
     ):
@@ -704,8 +702,8 @@ def answer(status: int, seconds: float = 0.0, text: str = "") -> httpx.HTTPStatu
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (lambda: answer(401), "not_enrolled"),
-        (lambda: answer(401, 200), "not_enrolled"),  # behind, but not too far
+        (lambda: answer(401), "withdrawn"),
+        (lambda: answer(401, 200), "withdrawn"),  # behind, but not too far
         (lambda: answer(401, 400), "clock"),
         (lambda: answer(401, -60), "clock"),  # ahead
         (lambda: answer(412, text='{"code": 1001, "detail": "x"}'), "version"),

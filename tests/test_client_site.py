@@ -484,8 +484,23 @@ def test_work_before_its_preparation_is_refused(hospital: Hospital, tmp_path: Pa
         assert refused(site, hospital.statistics()) == "not_prepared"
 
 
+@pytest.mark.parametrize("labels", [("bright", "dark"), ("bright", "third", "dark")])
+def test_labels_are_known_by_name_and_a_site_need_not_have_them_all(
+    hospital: Hospital, labels: tuple[str, ...]
+) -> None:
+    task = hospital.run.task.model_copy(update={"labels": labels})
+    other = hospital.run.model_copy(update={"task": task})
+    straight = hospital.site().handle(Describe(hospital.run.to_toml()))
+    turned = hospital.site().handle(Describe(other.to_toml()))
+    assert isinstance(straight, Description) and isinstance(turned, Description)
+    for name in ("dark", "bright"):
+        column = hospital.run.task.labels.index(name)
+        assert turned.support[:, labels.index(name)].tolist() == straight.support[:, column].tolist()
+    assert turned.support.sum() == straight.support.sum()
+
+
 def test_other_labels_are_refused(hospital: Hospital) -> None:
-    for labels in (("bright", "dark"), ("dark", "bright", "third"), ("dark",), ()):
+    for labels in (("dark", "third"), ("dark",), ()):
         task = hospital.run.task.model_copy(update={"labels": labels})
         other = hospital.run.model_copy(update={"task": task})
         assert refused(hospital.site(), Describe(other.to_toml())) == "labels_differ"

@@ -16,11 +16,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from client import up
 from client.cli import site
 from client.link_status import GOOD, LOCK, WORDS, StatusFile
+from client.refused import REFUSED
 from client.site_config import SiteConfig, read_site
 from client.status import SiteStatus, status
 from common.errors import ConfigError
 from common.files import write_json
 from common.locks import exclusive
+from common.messages import REFUSALS
 
 READY = {"state": "ready", "code": "", "phase": "", "done": 0, "total": 0}
 
@@ -48,7 +50,7 @@ def of(found: SiteStatus, about: str) -> list[tuple[str, str]]:
 
 
 def linked(config: SiteConfig, code: str, ends: float | None = None) -> StatusFile:
-    file = StatusFile(up.link_folder(config), config.name, "host:1")
+    file = StatusFile(config.link_folder, config.name, "host:1")
     file.certificate(ends)
     file.say(code)
     return file
@@ -56,7 +58,7 @@ def linked(config: SiteConfig, code: str, ends: float | None = None) -> StatusFi
 
 @pytest.mark.parametrize("code", sorted(set(WORDS) - {"stopped"}))
 def test_what_a_running_link_says_is_passed_on(config: SiteConfig, code: str) -> None:
-    with exclusive(up.link_folder(config) / LOCK, "a link"):
+    with exclusive(config.link_folder / LOCK, "a link"):
         linked(config, code)
         found = status(config, READY)
     assert of(found, "link") == [("good" if code in GOOD else "wrong", WORDS[code].sentence)]
@@ -71,9 +73,9 @@ def test_a_link_that_is_gone_is_not_believed(config: SiteConfig) -> None:
 
 
 def test_a_link_that_is_stuck_is_not_believed(config: SiteConfig) -> None:
-    with exclusive(up.link_folder(config) / LOCK, "a link"):
+    with exclusive(config.link_folder / LOCK, "a link"):
         linked(config, "connected")
-        path = up.link_folder(config) / "status.json"
+        path = config.link_folder / "status.json"
         value = json.loads(path.read_text())
         write_json(path, {**value, "written": time.time() - 121})
         assert "stuck" in of(status(config, READY), "link")[0][1]
@@ -109,7 +111,7 @@ def test_what_the_daemon_says_in_words(config: SiteConfig, said: dict[str, Any],
 def test_certificates_that_end_soon_are_spoken_of(config: SiteConfig, days: float, words: str) -> None:
     end = time.time() + days * 86400
     day = time.strftime("%Y-%m-%d", time.gmtime(end))
-    authority(up.authority(config), days)
+    authority(config.ca_certificate, days)
     linked(config, "connected", end)
     found = of(status(config, READY), "certificate")
     assert len(found) == (2 if words else 0)
@@ -159,5 +161,46 @@ def test_nothing_heavy_is_started_by_names_alone(config: SiteConfig) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_folder_closed_to_this_user_is_said_to_be(config: SiteConfig) -> None:
-    up.link_folder(config).chmod(0)
+    config.link_folder.chmod(0)
     assert "closed to this user" in of(status(config, READY), "link")[0][1]
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+def test_the_last_refusal_is_told_where_somebody_can_do_something(config: SiteConfig, code: str) -> None:
+    with exclusive(config.link_folder / LOCK, "a link"):
+        linked(config, "connected")
+        found = status(config, {**READY, "refused": {"code": code, "at": time.time()}})
+    told = [finding for finding in found.findings if finding.about == "request"]
+    assert found.healthy
+    assert len(told) == (code in REFUSED)
+    assert all(code in finding.sentence and finding.remedy for finding in told)
+    assert set(REFUSED) <= set(REFUSALS)
+
+
+def test_whatever_is_wrong_comes_with_a_remedy(config: SiteConfig) -> None:
+    linked(config, "timeout", time.time() + 86400)
+    authority(config.ca_certificate, -1)
+    for said in ({**READY, "state": "unusable", "code": "no_cohort"}, {"state": "unavailable", "code": "x"}, {}):
+        found = status(config, said)
+        assert not found.healthy
+        assert all(finding.remedy for finding in found.findings if finding.level != "good")
+
+
+def test_the_document_is_what_scripts_rely_on(config: SiteConfig) -> None:
+    with exclusive(config.link_folder / LOCK, "a link"):
+        linked(config, "connected", 4e9)
+        supervised(config)
+        value = json.loads(json.dumps(status(config, READY).document(), allow_nan=False))
+    assert list(value) == ["site", "healthy", "findings", "supervisor", "daemon", "link"]
+    assert (value["site"], value["healthy"], value["daemon"]) == ("st-anna", True, READY)
+    assert {tuple(finding) for finding in value["findings"]} == {("about", "level", "sentence", "remedy")}
+    assert [finding["about"] for finding in value["findings"]] == ["daemon", "link"]
+    assert set(value["supervisor"]) == {"running", "pid", "started", "children"}
+    assert set(value["supervisor"]["children"]["link"]) == {"pid", "started", "restarts", "last_exit"}
+    link = value["link"]
+    texts = ("site", "address", "code", "state", "sentence", "remedy")
+    numbers = ("pid", "since", "written", "messages", "bytes_in", "bytes_out", "certificate_ends")
+    assert set(link) == {*texts, *numbers, "last_contact"}
+    assert all(isinstance(link[key], str) for key in texts)
+    assert all(isinstance(link[key], int | float) for key in numbers)
+    assert link["last_contact"] is None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from client.cli import site
+from server.cli import server
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 UNITS = sorted(DEPLOY.glob("*.service"))
@@ -47,3 +52,24 @@ def test_neither_user_of_a_site_can_do_what_the_other_does() -> None:
     assert "InaccessiblePaths=-/var/lib/consilium-link" in daemon
     for unit in UNITS:
         assert "RestartPreventExitStatus=2" in lines(unit.name)
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_what_they_start_is_there(unit: Path) -> None:
+    (line,) = (line for line in lines(unit.name) if line.startswith("ExecStart="))
+    program, *arguments = shlex.split(line.removeprefix("ExecStart="))
+    if program == "/opt/consilium/bin/python":
+        option, module_option, module, path = arguments
+        assert (option, module_option) == ("-P", "-m")
+        assert importlib.util.find_spec(module) is not None
+    else:
+        group, command, *options = arguments
+        found = {"server": server, "site": site}[group].commands[command]
+        path = str(found.make_context(command, options).params["path"])  # raises where it does not take them
+    assert path in ("/etc/consilium/site.toml", "/etc/consilium/server.toml")
+
+
+def test_the_page_names_every_file() -> None:
+    text = (DEPLOY / "README.md").read_text()
+    named = {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
+    assert named | {"README.md"} == {path.name for path in DEPLOY.iterdir()}

@@ -187,8 +187,9 @@ def test_no_secret_is_printed(run: Run, toml: Path, tmp_path: Path) -> None:
     printed = "".join(out + err for _, out, err in results)
     config = read_server(toml)
     token = json.loads((tmp_path / "st-anna.invitation.json").read_text())["token"]
-    for secret in (token, config.operator_secret.read_bytes().hex(), config.superexec_secret.read_bytes().hex()):
-        assert secret not in printed
+    assert token not in printed
+    for secret in (config.operator_secret.read_bytes(), config.superexec_secret.read_bytes()):
+        assert secret not in printed.encode() and secret.hex() not in printed
     assert "PRIVATE" not in printed
 
 
@@ -197,10 +198,9 @@ def test_every_command_has_help_with_an_example(name: str, run: Run) -> None:
     code, out, _ = run("server", name, "--help")
     assert code == 0
     assert f"consilium server {name}" in out
-    assert "Exit code:" in out
+    assert "Exit code:" in " ".join(out.split())
     assert isinstance(server.commands[name], click.Command)
-    shown = {"up"}  # runs until it is ended: there is no document to print
-    assert name in shown or any("--json" in parameter.opts for parameter in server.commands[name].params)
+    assert any("--json" in parameter.opts for parameter in server.commands[name].params)
 
 
 def test_neither_group_loads_anything_heavy() -> None:

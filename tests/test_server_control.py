@@ -19,7 +19,8 @@ from flwr.serverapp import Grid
 
 from common.errors import ConfigError, ConsiliumError
 from server import control as control_module
-from server.control import Control, Refused, RunEnded, bundle, roster
+from server.control import Control, bundle, roster
+from server.control_http import Refused, RunEnded
 
 
 @pytest.fixture

@@ -11,14 +11,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.clientapp import ClientApp
 
 from client.app import make_app
-from common.errors import QuorumLost, SiteRefusal
+from common.errors import SiteRefusal
 from common.messages import (
     REFUSALS,
     Collect,
     Describe,
     Description,
     Done,
-    Freeze,
     InstallTrunk,
     Pending,
     Prepare,
@@ -29,7 +28,7 @@ from common.messages import (
     to_record,
 )
 from server import federation as module
-from server.federation import Federation, Network, Present, Traffic, require_quorum
+from server.federation import Federation, Network, Present, Traffic
 from simulations.grid import Fault, InProcessGrid
 
 NAMES = ("a", "b", "c")
@@ -353,45 +352,6 @@ def test_nobody_asked_nobody_answers():
     assert list(joined(grid_of(*NAMES)).ask({})) == []
 
 
-# ----------------------------------------------------------------------------------------------------- quorum
-
-
-def test_a_quorum_that_holds_says_nothing():
-    require_quorum(3, 3, 5, "round 4")
-
-
-def test_a_lost_quorum_says_where_how_many_and_what_to_do():
-    with pytest.raises(QuorumLost) as caught:
-        require_quorum(2, 3, 5, "round 4")
-    text = str(caught.value)
-    assert text.startswith("round 4: 2 of 5 sites gave a usable answer, the quorum is 3")
-    assert "--resume" in text
-    assert "--quorum" in text
-    assert "\n" not in text
-
-
-def test_settled_values_reach_every_site_unchanged():
-    heard = {}
-
-    def open_site(node):
-        station = Station(NAMES[node["partition-id"]])
-
-        def handle(request):
-            if isinstance(request, Freeze):
-                heard[station.name] = request
-            return station.handle(request)
-
-        return handle
-
-    request = Freeze("print", np.arange(3, dtype=np.float32), np.ones(3, np.float32), np.array([0.5, 2.0]))
-    asked(joined(InProcessGrid(make_app(open_site), NAMES)), request)
-    assert sorted(heard) == list(NAMES)
-    for received in heard.values():
-        assert received.fingerprint == "print"
-        np.testing.assert_array_equal(received.mean, request.mean)
-        assert received.class_weights.dtype == np.float64
-
-
 # -------------------------------------------------------------------------------------------------------- a network
 
 
@@ -488,7 +448,7 @@ def test_work_that_takes_long_is_asked_after(quick):
 @pytest.mark.slow
 def test_what_was_lost_on_the_way_is_asked_again(quick, trouble):
     line = Line(a=["describe", trouble, "done"], b=["describe", "done"])
-    answers = asked(over(line, ("a", "b")), Prepare("print"), ("a", "b"))
+    answers = asked(over(line, ("a", "b"), patience=3.0), Prepare("print"), ("a", "b"))
     assert {answer.status for answer in answers.values()} == {"contributed"}
     assert [(kind, word) for name, kind, word in line.sent if name == "a"][1:] == [
         ("query.prepare", trouble),
@@ -527,10 +487,36 @@ def test_a_site_that_is_gone_is_given_up_before_the_deadline(quick):
     assert 0.3 <= time.monotonic() - begin < 3.0
 
 
-def test_a_site_that_answers_nothing_of_use_is_lost_at_the_deadline(quick):
-    line = Line(a=["describe", "silence"])
-    answer = asked(over(line, ("a",), deadline=0.5), Prepare("print"), ("a",))["a"]
+@pytest.mark.parametrize(("word", "reason"), [("silence", "deadline"), ("unavailable", "unavailable")])
+def test_a_site_of_which_nothing_is_heard_is_given_up_before_the_deadline(quick, word, reason):
+    line = Line(a=["describe", word])
+    begin = time.monotonic()
+    answer = asked(over(line, ("a",), deadline=60.0), Prepare("print"), ("a",))["a"]
+    assert (answer.status, answer.reason) == ("lost", reason)
+    assert 0.3 <= time.monotonic() - begin < 3.0
+
+
+def test_a_site_that_works_is_not_given_up_before_the_deadline(quick):
+    line = Line(a=["describe", "work"])
+    begin = time.monotonic()
+    answer = asked(over(line, ("a",), deadline=1.5), train(1), ("a",))["a"]
     assert (answer.status, answer.reason) == ("lost", "deadline")
+    assert time.monotonic() - begin >= 1.5
+
+
+def test_who_was_lost_has_to_show_itself_sooner_the_next_time(quick, monkeypatch):
+    monkeypatch.setattr(module, "PROBATION_S", 0.2)
+    line = Line(a=["describe", "silence", "silence", "silence", "silence", "silence", "done"])
+    monkeypatch.setattr(module, "LONGEST_EXCHANGE_S", 60.0)
+    federation = over(line, ("a",), deadline=60.0, patience=1.0)
+    spent = []
+    for _ in range(2):
+        begin = time.monotonic()
+        assert asked(federation, Prepare("print"), ("a",))["a"].reason == "deadline"
+        spent.append(time.monotonic() - begin)
+    assert spent[0] >= 1.0 > spent[1]
+    line.scripts["a"] = ["done"]
+    assert asked(federation, Prepare("print"), ("a",))["a"].status == "contributed"
 
 
 def test_sites_that_never_connect_are_waited_for_and_then_absent(quick):

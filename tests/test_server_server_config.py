@@ -84,4 +84,4 @@ def test_behind_a_proxy_the_listener_is_on_loopback(tmp_path: Path) -> None:
 def test_the_example_is_valid() -> None:
     config = read_server(DEPLOY / "server.toml")
     assert config.behind_proxy
-    assert config.state == Path("/var/lib/consilium/state")
+    assert config.state == Path("/var/lib/consilium-coordinator/state")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from server.refusals import explain
 from server.report.plots import COLOURS
 from server.report.reading import SCHEMA, Round, Run, Score, natural
 from server.report.verdict import compare
@@ -145,7 +146,7 @@ def _site(run: Run, name: str) -> SiteRow:
     return SiteRow(
         name=name,
         status=site.get("status") or DASH,
-        reasons=_reasons(run, name),
+        reasons=_reasons(run, name) or explain(str(site.get("status", ""))).partition(": ")[2],
         examples=[(split.capitalize(), grouped(examples.get(split))) for split in ("train", "validation", "test")],
         mix=_mix(counts),
         mix_title=", ".join(f"{label}: {grouped(n)}" for label, n in counts.items()),

@@ -1,0 +1,39 @@
+"""What a site's refusal means to the people who look after it; what it gets over by itself is not spoken of."""
+
+from __future__ import annotations
+
+REFUSED = {
+    "malformed": (
+        "a request could not be read",
+        "Compare `consilium --version` here and at the coordinator.",
+    ),
+    "labels_differ": (
+        "the site's labels are not those of the run",
+        "Compare the labels in check.html with the run's; [data] words translates local ones.",
+    ),
+    "preprocessing_differs": (
+        "the site's images are not prepared as the run wants them",
+        "Set [data] preset and image_size as the coordinator says, then run consilium site check.",
+    ),
+    "version_differs": (
+        "the two ends run different versions",
+        "Install the coordinator's version here, or ask it to install this one; restart daemon and link.",
+    ),
+    "policy": (
+        "the site's own policy does not allow the run",
+        "daemon.log in the site's state says which line of [policy]; change it, or tell the coordinator.",
+    ),
+    "busy": (
+        "the site was in another run",
+        "Nothing; if the other run is over, ask the coordinator to end it.",
+    ),
+    "no_cohort": (
+        "the site's data cannot be used",
+        "Run consilium site check.",
+    ),
+    "internal": (
+        "the site failed",
+        "Look at the end of daemon.log in the site's state, and report it.",
+    ),
+}
+"""Code of a refusal -> what happened, and what to do."""
