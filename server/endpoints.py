@@ -20,6 +20,8 @@ from common.files import write_atomic
 OPERATOR_HEADER = "consilium-operator"
 # Flower reports usage and asks for newer versions unless told otherwise: for every process that imports it.
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+# Of what is freed of large buffers, glibc by itself keeps most: a heap for each of some dozen threads.
+LEAN = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1048576"}
 _PATHS = ("database", "superexec_secret", "operator_secret", "certificate", "private_key")
 
 

@@ -7,7 +7,6 @@ files. It may be killed at any moment: started again it goes on from the state o
 from __future__ import annotations
 
 import fcntl
-import gc
 import logging
 import os
 import signal
@@ -21,19 +20,15 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import torch
-
-from common import model
 from common.errors import CheckpointError, ConsiliumError
 from common.locks import exclusive
 from common.run_config import RunConfig
-from common.weights import Weights
 from server import result
 from server.board import Board
 from server.control import Control, bundle, roster
 from server.coordinator import Cast, Coordinator, Outcome, Start
+from server.drawing import drawn_apart
 from server.federation import Federation, Network, Present
-from server.plan import with_trunk
 from server.report import page
 from server.result import Surroundings, TrunkFacts
 from server.runs import ended_runs, read_plan
@@ -143,24 +138,22 @@ def prepared(config: ServerConfig, plan: RunConfig, folder: Path) -> Bench:
     Raises:
         CheckpointError: the weights are not those that the run was settled with.
     """
-    settled = with_trunk(plan)
-    if settled.run.fingerprint() != plan.fingerprint():
+    drawing = drawn_apart(plan)
+    if drawing.fingerprint != plan.fingerprint():
         raise CheckpointError(f"{folder}: the backbone's weights have changed since the run was made; start a new run")
-    values = model.trainable_values(settled.built.upper)
-    trunk = TrunkFacts(plan.model.trunk_sha256, model.frozen_count(settled.built), len(settled.trunk))
-    source = Weights.parse(plan.model.weights, plan.model.backbone)
+    trunk = TrunkFacts(plan.model.trunk_sha256, drawing.frozen, len(drawing.trunk))
     random = {"code": "random_weights", "message": "the backbone has random weights: --weights none was asked for"}
     around = Surroundings(
         run=plan,
         trunk=trunk,
-        upper_parameters=sum(value.size for value in values.values()),
-        weights={"source": source.source, "backbone": plan.model.backbone},
-        warnings=(random,) if source.source == "none" else (),
+        upper_parameters=sum(value.size for value in drawing.weights.values()),
+        weights={"source": drawing.source, "backbone": plan.model.backbone},
+        warnings=(random,) if drawing.source == "none" else (),
     )
     start = Start(
         plan,
-        settled.trunk,
-        values,
+        drawing.trunk,
+        drawing.weights,
         folder,
         version=version("consilium"),
         ended=ended_runs(config, plan.fingerprint()),
@@ -170,7 +163,6 @@ def prepared(config: ServerConfig, plan: RunConfig, folder: Path) -> Bench:
 
 
 def _drive(config: ServerConfig, start: Start, board: Board, cast: Cast) -> Outcome:
-    gc.collect()  # the model was needed for its numbers alone
     patience = start.run.sites.patience_s
     with Control(config.endpoints) as control:
         number = control.start_run(bundle())
@@ -202,7 +194,6 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     for name in ("flwr", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(1)  # the coordinator adds up; sites compute
     signal.signal(signal.SIGTERM, _stop)
     server_toml, folder = map(Path, arguments)
     try:

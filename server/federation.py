@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Literal
 
 from flwr.app import Message, RecordDict
@@ -308,8 +309,10 @@ class _Exchange:
         begin = quiet = time.monotonic()
         while self._open:
             self._send()
-            found = [*self._receive(), *self._look()]
-            yield from found
+            found = False
+            for answer in chain(self._receive(), self._look()):  # one at a time: they may be large
+                found = True
+                yield answer
             now = time.monotonic()
             quiet = now if found else quiet
             if not found:
@@ -342,14 +345,22 @@ class _Exchange:
     def _receive(self) -> Iterator[Answer]:
         out = {errand.message: errand for errand in self._open.values() if errand.message}
         for group in self._groups(list(out)):
-            for message in self._grid.pull_messages(group):
-                errand = out.pop(message.metadata.reply_to_message_id, None)
-                if errand is None:  # a repeat, or an answer to an earlier question
-                    continue
-                answer = self._judged(errand, message)
+            messages = list(self._grid.pull_messages(group))
+            while messages:
+                answer = self._taken(out, messages.pop(0))
                 if answer is not None:
-                    del self._open[errand.site]
                     yield answer
+                del answer  # it may be large, and the next one too
+
+    def _taken(self, out: dict[str, _Errand], message: Message) -> Answer | None:
+        """Return what a message means, None for one that ends no errand."""
+        errand = out.pop(message.metadata.reply_to_message_id, None)
+        if errand is None:  # a repeat, or an answer to an earlier question
+            return None
+        answer = self._judged(errand, message)
+        if answer is not None:
+            del self._open[errand.site]
+        return answer
 
     def _groups(self, identities: list[str]) -> Iterator[list[str]]:
         """Yield what may be pulled at once: replies are taken to be as large as the requests."""

@@ -26,6 +26,7 @@ Headers = Mapping[bytes, bytes]
 _FLEET = b"/v1/fleet/"
 ACTIVATE = _FLEET + b"activate-node"
 PUSH = _FLEET + b"push-messages"
+OBJECTS = frozenset({_FLEET + b"push-object", _FLEET + b"pull-object"})
 # All of Flower's but register-node and unregister-node: sites come and go by the coordinator's hand alone.
 FLEET_ROUTES = frozenset(
     _FLEET + name
@@ -47,6 +48,7 @@ PUBLIC_BYTES = 8 * 2**20  # Flower cuts arrays into objects of 5 MiB
 OPERATOR_BYTES = 16 * 2**20  # a bundle may have 10 MB
 ACTIVATION_BYTES = 4096
 _CLAIM_SECONDS = 60  # both ends share one clock
+_OBJECTS_AT_ONCE = 4  # parts of messages at work in the application: each is there in several copies
 _BODY_SECONDS = 300.0  # 8 MiB at 250 kbit/s
 
 
@@ -90,6 +92,7 @@ class FleetGate:
         self._app = app
         self._is_site = is_site
         self._is_own = is_own
+        self._turns = asyncio.Semaphore(_OBJECTS_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -102,7 +105,20 @@ class FleetGate:
             await _refuse(send, 401)
         else:
             judge = self._judge_replies if route == PUSH else None
-            await _pass_on(self._app, scope, receive, send, PUBLIC_BYTES, judge)
+            app = self._in_turn if route in OBJECTS else self._app
+            await _pass_on(app, scope, receive, send, PUBLIC_BYTES, judge)
+
+    async def _in_turn(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request wait for those before it; a site that is slow to send or to take keeps nobody waiting."""
+        answer: list[Event] = []
+
+        async def keep(event: Event) -> None:
+            answer.append(event)
+
+        async with self._turns:
+            await self._app(scope, receive, keep)
+        while answer:
+            await send(answer.pop(0))
 
     def _judge_replies(self, body: bytes) -> int:
         return 0 if self._is_own(body) else 403

@@ -30,7 +30,7 @@ from common.run_config import RunConfig, Task, build
 from common.strict import read_toml
 from common.supervisor import bound_to
 from server import board
-from server.endpoints import QUIET
+from server.endpoints import LEAN, QUIET
 from server.enrolment import enrolled
 from server.server_config import ServerConfig
 
@@ -322,7 +322,7 @@ def _launch(config: ServerConfig, folder: Path, *, bound: bool) -> subprocess.Po
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={**os.environ, **QUIET},
+                env={**os.environ, **QUIET, **LEAN},
                 preexec_fn=bound_to(os.getpid()) if bound else None,
             )
     except OSError as error:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("consilium.superlink")
 _BACKLOG = 128
 _GRACE_SECONDS = 2
+_CACHE = "-4000"  # KiB of the database that a connection keeps in memory
 _IDLE_SECONDS = 75  # longer than a proxy keeps a connection for its next request, so that it never meets a closed one
 _RENEWAL_SECONDS = 5.0
 
@@ -101,6 +102,8 @@ def _application(database: Path, superexec: bytes) -> FastAPI:
     """Return Flower's application over a database."""
     from alembic.util import CommandError
     from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
+    from flwr.supercore import sql_mixin
+    from flwr.supercore.constant import SQLITE_PRAGMAS
     from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
     from flwr.superlink.config_loader import SuperLinkLifespanConfig
     from flwr.superlink.main import create_app
@@ -109,6 +112,9 @@ def _application(database: Path, superexec: bytes) -> FastAPI:
     flower = logging.getLogger("flwr")
     flower.handlers.clear()  # a console of colours, beside the root's handlers
     flower.setLevel(logging.ERROR)
+    # Each of a dozen connections would hold 64 MB of objects that are read once.
+    kept = tuple(pair for pair in SQLITE_PRAGMAS if pair[0] != "cache_size")
+    vars(sql_mixin)["SQLITE_PRAGMAS"] = (*kept, ("cache_size", _CACHE))
     config = SuperLinkLifespanConfig(
         control_address="",
         health_server_address=None,

@@ -13,7 +13,7 @@ from common.errors import ConfigError, ConsiliumError
 from common.locks import holder
 from common.supervisor import Child, supervise
 from server import tls
-from server.endpoints import QUIET, read_secret
+from server.endpoints import LEAN, QUIET, read_secret
 from server.server_config import ServerConfig, read_server
 
 
@@ -43,7 +43,7 @@ def up(config: ServerConfig, report: Callable[[str], None] | None = None) -> Non
     if warning:
         report(f"warning: {warning}")
     argv = (sys.executable, "-P", "-m", "server.up", "superlink", str(config.path))
-    superlink = Child("superlink", argv, QUIET)
+    superlink = Child("superlink", argv, {**QUIET, **LEAN})
     supervise((superlink,), logs(config), report=report)
 
 

@@ -163,14 +163,14 @@ def open_stage(
     check_names(cohorts)
     tell = progress or (lambda _phase, _done, _total: None)
     with _root() as root, ExitStack() as stack:
-        found = Stage(_coordinator(root), {})
+        found = Stage(coordinator(root), {})
         stack.callback(found.end)
         try:
             found.start(COORDINATOR)
             for done, (name, cohort) in enumerate(cohorts.items()):
                 tell("hospitals", done, len(cohorts))
                 # Short, whatever the name: the path of a socket has 107 bytes.
-                found.sites[name] = _site(root / "sites" / str(done), found.config, name, cohort, device)
+                found.sites[name] = hospital(root / "sites" / str(done), found.config, name, cohort, device)
                 found.start(name)
             found.await_connected([*cohorts], tell)
             yield found
@@ -222,13 +222,14 @@ def _sweep(left: Path) -> None:
         shutil.rmtree(left)
 
 
-def _coordinator(root: Path) -> ServerConfig:
-    public, operator = _free_ports(2)
+def coordinator(root: Path) -> ServerConfig:
+    """Found a coordinator on ports that nobody uses."""
+    public, operator = free_ports(2)
     where = f"127.0.0.1:{public}"
     return read_server(server_founding.found(root / "coordinator", where, "rehearsal", where, operator).config)
 
 
-def _site(place: Path, config: ServerConfig, name: str, cohort: Cohort, device: str) -> Path:
+def hospital(place: Path, config: ServerConfig, name: str, cohort: Cohort, device: str) -> Path:
     """Found a hospital, deal it its examples, and enrol it."""
     place.mkdir(parents=True)
     made = site_founding.found(place, name, place, None)
@@ -247,7 +248,7 @@ def _last_line(path: Path) -> str:
     return lines[-1].removeprefix("consilium: ") if lines else "ended without a word"
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports that nobody listens on now."""
     with ExitStack() as stack:
         found = [stack.enter_context(socket.socket()) for _ in range(count)]
