@@ -5,10 +5,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test test-faults check format bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: .venv/installed ## make .venv and install the project with its extras (about 6 GB with torch)
 
@@ -23,12 +23,15 @@ demo: install ## the main job: a federation of five drawn hospitals, its report 
 test: install ## all tests
 	$(BIN)/pytest -n 2
 
+test-faults: install ## processes that are killed, hang or stay away, with the waiting that takes (about 10 minutes)
+	$(BIN)/pytest -n 2 -m faults
+
 check: install ## format, lint, types, import layers and the fast tests: before each commit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow and not faults"
 
 format: install ## write the format and the lint fixes
 	$(BIN)/ruff format .

@@ -76,7 +76,9 @@ def quorum_missed(phase: str, usable: int, quorum: int, statuses: Mapping[str, s
     head = f"{phase}: {usable} of {len(statuses)} sites gave a usable answer, the quorum is {quorum}"
     reasons = [f"{site}: {text}" for site, text in troubles(statuses).items()]
     shown = [*reasons[:MOST], *([f"and {len(reasons) - MOST} more sites"] if len(reasons) > MOST else [])]
-    return "; ".join([head, *shown, "then resume the run, or start one with a lower quorum"])
+    return "; ".join(
+        [head, *shown, "then go on with it (--resume, `consilium server resume`), or start one with a lower --quorum"]
+    )
 
 
 MOST = 5

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from common.codec import shapes_of
 from common.parameters import Parameters
 
-RESIDENT_BYTES = 256 * 2**20
+RESIDENT_BYTES = 64 * 2**20
 """Updates of a round that together are smaller than this stay in memory."""
 
 

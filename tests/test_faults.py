@@ -169,6 +169,7 @@ def test_a_sites_process_that_is_killed_in_training_costs_nothing(role: str, pla
     assert play.pid("site-2", role) != killed
 
 
+@pytest.mark.faults
 def test_a_whole_site_that_is_killed_and_started_again_costs_nothing(play: Play) -> None:
     with play.run("no-site") as folder:
         until(play.training("site-1", 2))
@@ -201,6 +202,7 @@ def test_an_engine_that_is_killed_is_resumed(play: Play) -> None:
         play.check_undisturbed(folder)
 
 
+@pytest.mark.faults
 def test_a_superlink_that_is_killed_in_a_round_comes_back(play: Play) -> None:
     with play.run("no-superlink") as folder:
         until(play.training("site-1", 2))
@@ -246,6 +248,7 @@ def test_a_site_whose_policy_says_no_is_left_out_or_ends_the_run(play: Play) -> 
     assert "site-3: refused: its own policy" in found["error"]
 
 
+@pytest.mark.faults
 def test_a_site_that_hangs_is_left_out_and_joins_the_next_run(play: Play) -> None:
     hung = [play.pid("site-2", role) for role in ("daemon", "link")]
     with play.run("hung", quorum=2, deadline_s=20.0, patience_s=8.0) as folder:
@@ -270,6 +273,7 @@ def test_a_site_that_hangs_is_left_out_and_joins_the_next_run(play: Play) -> Non
         play.check_undisturbed(folder)
 
 
+@pytest.mark.faults
 def test_a_site_that_never_connects_is_waited_for_and_no_longer(play: Play) -> None:
     play.stage.end("site-3")
     try:
@@ -284,6 +288,7 @@ def test_a_site_that_never_connects_is_waited_for_and_no_longer(play: Play) -> N
     play.check_clean(folder)
 
 
+@pytest.mark.faults
 def test_a_site_that_is_taken_out_while_a_run_waits_gets_nothing(play: Play) -> None:
     config = play.stage.config
     kept = enrolled(config)

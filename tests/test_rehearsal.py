@@ -156,6 +156,7 @@ def test_several_labels_and_deeper_training_give_the_same_bytes(tmp_path: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_ended_and_killed_it_leaves_no_process_and_goes_on(tmp_path: Path, scratch: Path) -> None:
     data, cache, output = stripes(tmp_path), tmp_path / "cache", tmp_path / "run"
     more = ["--local-steps", "600"]

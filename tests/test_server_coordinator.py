@@ -413,7 +413,7 @@ def test_an_absent_site_is_recorded_and_the_run_is_partial(lab):
     assert not found.complete
     assert found.cast.status == {"north": "contributed", "south": "contributed", "west": "lost(absent)"}
     assert found.contributed == {"north": 3, "south": 3, "west": 0}
-    with pytest.raises(QuorumLost, match=r"setup: 2 of 3 .*; west: lost: it is not connected; .*lower quorum$"):
+    with pytest.raises(QuorumLost, match=r"setup: 2 of 3 .*; west: lost: it is not connected; .*lower --quorum$"):
         strict = lab.start(sites={"deadline_s": 0.5})
         lab.execute(strict, lab.grid(strict, lab.cohorts("north", "south")))
 
@@ -587,7 +587,7 @@ def test_krum_with_two_sites_is_refused(lab):
 
 def test_a_site_with_other_labels_or_preprocessing_stays_out(lab):
     cohorts = lab.cohorts()
-    cohorts["south"] = replace(cohorts["south"], label_names=("bright", "dark"))
+    cohorts["south"] = replace(cohorts["south"], label_names=("dark", "third"))
     cohorts["west"] = replace(cohorts["west"], preprocessing="other")
     start = lab.start(sites={"quorum": 1})
     found = lab.execute(start, lab.grid(start, cohorts))

@@ -132,6 +132,7 @@ def facts_of(folder: Path, until: Callable[[dict[str, Any]], bool]) -> dict[str,
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_a_run_that_is_stopped_in_two_phases_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,7 +268,7 @@ def taken_port(superlink: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "code", "line"),
     [
-        (lambda s: s.endpoints.operator_secret.unlink(), 2, "operator.secret: cannot be read"),
+        (lambda s: s.endpoints.operator_secret.unlink(), 2, "operator.secret: missing"),
         (lambda s: s.endpoints.superexec_secret.chmod(0o644), 2, "superexec.secret: mode 0644 opens a secret"),
         (lambda s: s.endpoints.certificate.unlink(), 2, "server.pem, .*server.key: cannot be used"),
         (lambda s: s.endpoints.private_key.write_text("x"), 2, "server.key: cannot be used"),
