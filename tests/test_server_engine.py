@@ -43,6 +43,7 @@ def a_run(config: ServerConfig) -> Path:
     return runs.make_folder(config, settled(plan, plan.task, ("north", "south"), "generic").run, None)
 
 
+@pytest.mark.slow
 def test_what_a_run_starts_with_is_built_from_the_run_alone(config: ServerConfig) -> None:
     folder = a_run(config)
     plan = runs.read_plan(folder)
@@ -71,6 +72,7 @@ def test_one_engine_drives_a_run_and_one_a_coordinator(config: ServerConfig) -> 
     assert board.read(folder) is None
 
 
+@pytest.mark.slow
 def test_without_a_superlink_a_run_fails_in_one_line_and_leaves_its_result(config: ServerConfig) -> None:
     folder = a_run(config)
     with pytest.raises(
@@ -82,6 +84,7 @@ def test_without_a_superlink_a_run_fails_in_one_line_and_leaves_its_result(confi
     assert json.loads((folder / "result.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), ConsiliumError("it fails"), engine.Stopped()]
 )
