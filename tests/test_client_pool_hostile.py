@@ -25,6 +25,8 @@ from common.errors import ConsiliumError
 from common.presets import GENERIC
 from simulations.encodings import SYNTAXES, film, write
 
+pytestmark = pytest.mark.slow
+
 TASK = Task(Identity(b"s" * 32), GENERIC, 16, frozenset())
 QUICK = Limits(base_s=1.5)
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,6 +11,8 @@ from client import training
 from client.cohort import SPLITS
 from simulations.baselines import alone, run_all, run_alone, with_test_of
 
+pytestmark = pytest.mark.slow
+
 SITES = ("north", "south", "west")
 LABELS = ("dark", "bright")
 
