@@ -595,6 +595,7 @@ def real_conversation(config: SiteConfig) -> list[Request]:
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_a_daemon_that_is_killed_in_a_round_gives_the_same_bytes(tmp_path: Path) -> None:
     config = hospital(tmp_path / "s")
     conversation = real_conversation(config)

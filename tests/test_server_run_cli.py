@@ -386,6 +386,8 @@ class Coordinator:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=group,
+            # A shell that runs these tests in the background lets its children ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def call(self, *arguments: object) -> Result:

@@ -236,6 +236,7 @@ def test_what_cannot_be_measured_is_refused(options):
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_a_small_run_of_the_site_section_ends_with_its_figures_and_leaves_nothing():
     with tempfile.TemporaryDirectory(prefix="wire-") as name:  # short: the path of a socket has 107 bytes
         path = Path(name, "found.json")
