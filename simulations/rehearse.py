@@ -47,7 +47,7 @@ def rehearse(job: Job, progress: Progress) -> tuple[Path, dict[str, Any]]:
     begin = time.monotonic()
     plan = continued(job)
     _check(job, plan)
-    with _ended_by_signals():
+    with _ended_by_signals(progress) as progress:
         scene = set_scene(plan, job.cache, progress)
         check_names(scene.sites)
         folder = open_folder(job, scene.run)
@@ -64,23 +64,36 @@ def _check(job: Job, plan: RunConfig) -> None:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM, and a terminal that is closed, end the block as Ctrl-C does."""
+def _ended_by_signals(progress: Progress) -> Iterator[Progress]:
+    """Let SIGTERM, and a terminal that is closed, end the block as Ctrl-C does; use what it yields for progress.
+
+    Python raises out of a signal's handler wherever it happens to be, and drops what is raised inside a finaliser. So
+    the next sign of progress looks whether there was a signal.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield progress
         return
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    asked: list[int] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+        asked.append(number)
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)  # once is enough: everything is being taken away now
+        raise KeyboardInterrupt
+
+    def watched(phase: str, done: int, total: int) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        progress(phase, done, total)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, interrupt)
     try:
-        yield
+        yield watched
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # once is enough: everything is being taken away now
-    raise KeyboardInterrupt
 
 
 def _run(stage: Stage, folder: Path, progress: Progress) -> None:
