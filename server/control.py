@@ -60,6 +60,7 @@ from flwr.superlink.grid import HttpGrid, http_grid
 from common.errors import ConfigError, ConsiliumError
 from server.control_http import CALL_SECONDS, Client, NoAnswer, Operator, Refused, RunEnded, is_final, opened
 from server.endpoints import Endpoints, read_secret
+from server.federation import Present
 
 _log = logging.getLogger("consilium.control")
 _BEAT_SECONDS = 10.0
@@ -101,14 +102,6 @@ class RunFacts:
     sub_status: str  # of a finished one: completed, failed or stopped
     pending_at: str
     finished_at: str
-
-
-@dataclass(frozen=True)
-class Present:
-    """A site that is online."""
-
-    node_id: int
-    activated_at: str  # changes when its link was started anew
 
 
 class Control:

@@ -8,6 +8,7 @@ of round r + 1, and the last ones by an exchange of their own. Round 0 is the st
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from common import analytic, codec, parameters
 from common.analytic import Sums
-from common.errors import QuorumLost
+from common.errors import ConsiliumError, QuorumLost
 from common.messages import (
     Describe,
     Description,
@@ -56,6 +57,8 @@ from server.federation import Answer, Federation, Traffic
 from server.refusals import quorum_missed
 from server.spill import Spill
 from server.state import RoundLog, RunState
+
+_log = logging.getLogger("consilium.coordinator")
 
 Progress = Callable[[str, int, int], None]
 Weights = dict[str, NDArray[np.float32]]
@@ -150,12 +153,15 @@ class Coordinator:
             QuorumLost: a phase had fewer usable answers than the quorum.
             DataError: the sites' data cannot carry the run.
         """
-        status = "failed"
         try:
             outcome = self._execute()
-            status = "completed" if outcome.complete else "completed_partial"
-        finally:
-            self._finish(status)
+        except Exception:
+            self._finish("failed")
+            raise
+        except BaseException:  # whoever ends the process, not the run's own trouble
+            self._finish("stopped")
+            raise
+        self._finish("completed" if outcome.complete else "completed_partial")
         return outcome
 
     def _execute(self) -> Outcome:
@@ -177,7 +183,10 @@ class Coordinator:
 
     def _describe(self) -> None:
         names = self._run.sites.names
-        request = Describe(self._run.to_toml(), self._start.version, " ".join(self._start.ended))
+        agreed = self._run.model_copy(
+            update={"simulation": None}
+        )  # where a simulation's data lie is no site's business
+        request = Describe(agreed.to_toml(), self._start.version, " ".join(self._start.ended))
         for site, answer in self._federation.find(names, request).items():
             self._cast.note(_unbelievable(answer))
             if isinstance(answer.reply, Description) and census.believable(answer.reply.support, self._run.task):
@@ -209,10 +218,16 @@ class Coordinator:
         return [site for site in lacking if self._received[site] < end or end == len(self._start.trunk)]
 
     def _finish(self, status: str) -> None:
-        """Tell the sites that they are free; whoever cannot be told finds out at the next run."""
+        """Tell the sites that they are free; whoever cannot be told finds out at the next run.
+
+        A farewell that fails changes nothing of how the run ended.
+        """
         known = {site: Finish(self._fingerprint, status) for site in self._federation.sites}
-        for _ in self._federation.ask(known, FAREWELL_S):
-            pass
+        try:
+            for _ in self._federation.ask(known, FAREWELL_S):
+                pass
+        except ConsiliumError as error:
+            _log.warning("the sites could not be told that the run is over: %s", error)
 
     def _ask_all(self, phase: str, request: Request) -> dict[str, Answer]:
         return self._collect(phase, dict.fromkeys(self._cast.ready, request))

@@ -28,7 +28,7 @@ from server.board import Board
 from server.control import Control, bundle, roster
 from server.coordinator import Cast, Coordinator, Outcome, Start
 from server.drawing import drawn_apart
-from server.federation import Federation, Network, Present
+from server.federation import Federation, Network
 from server.report import page
 from server.result import Surroundings, TrunkFacts
 from server.runs import ended_runs, read_plan
@@ -167,14 +167,9 @@ def _drive(config: ServerConfig, start: Start, board: Board, cast: Cast) -> Outc
     with Control(config.endpoints) as control:
         number = control.start_run(bundle())
         with control.grid(number) as grid:
-            network = Network(lambda: _present(roster(grid)), patience)
+            network = Network(lambda: roster(grid), patience)
             federation = Federation(grid, start.run.sites.deadline_s, network, board.site)
             return Coordinator(federation, start, board.progress, cast).execute()
-
-
-def _present(found: object) -> dict[str, Present]:
-    assert isinstance(found, dict)  # noqa: S101
-    return {name: Present(there.node_id, there.activated_at) for name, there in found.items()}
 
 
 def _completed(folder: Path, around: Surroundings, outcome: Outcome) -> str:

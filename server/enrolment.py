@@ -104,7 +104,7 @@ def invite(config: ServerConfig, name: str, now: datetime | None = None) -> Invi
         expires=timestamp((now or datetime.now(UTC)) + timedelta(days=DAYS)),
         version=importlib.metadata.version("consilium"),
     )
-    with _locked(config):
+    with locked(config):
         others = _without(_read(config.invitations, _Invitations).invitations, name)
         invited = _Invited(name=name, token_sha256=_digest(token), expires=made.expires)
         _write(config.invitations, _Invitations(invitations=(*others, invited)))
@@ -126,7 +126,7 @@ def enrol(config: ServerConfig, path: Path, replace: bool = False, now: datetime
     """
     moment = now or datetime.now(UTC)
     answer = read_enrolment(path)
-    with _locked(config):
+    with locked(config):
         sites, invitations = _read(config.sites, _Sites).sites, _read(config.invitations, _Invitations).invitations
         _check_new(sites, answer)
         _check_token(invitations, answer, moment)
@@ -152,7 +152,7 @@ def remove(config: ServerConfig, name: str) -> Enrolled:
     Raises:
         ConsiliumError: there is no such site, or the state cannot be written.
     """
-    with _locked(config):
+    with locked(config):
         sites = _read(config.sites, _Sites).sites
         gone = next((site for site in sites if site.name == name), None)
         if gone is None:
@@ -209,8 +209,12 @@ def _authority(config: ServerConfig) -> str:
 
 
 @contextmanager
-def _locked(config: ServerConfig) -> Iterator[None]:
-    """Let one process at a time change who may take part."""
+def locked(config: ServerConfig) -> Iterator[None]:
+    """Let one process at a time change who may take part, or start an engine; the later one waits.
+
+    Raises:
+        ConfigError: there is no state.
+    """
     try:
         handle = os.open(config.state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:

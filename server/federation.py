@@ -11,6 +11,7 @@ it has to show itself sooner. So a site that is dead does not cost the others a 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,8 @@ MOST_DEADLINES = 23
 
 AGAIN = frozenset({"unavailable", "unknown_ticket"})
 """Refusals that a site gets over by itself: its daemon is starting, or was started anew."""
+
+_PHASE = re.compile("[a-z][a-z ]{0,23}")
 
 Status = Literal["contributed", "lost", "refused", "quarantined"]
 
@@ -386,7 +389,10 @@ class _Exchange:
             errand.traffic = errand.traffic + Traffic(weights_up=weights, other_up=other)
             waiting = pending(content)
             if waiting is not None:
-                self._watch(errand.site, waiting.phase, waiting.done, waiting.total)
+                phase = (
+                    waiting.phase if _PHASE.fullmatch(waiting.phase) else "at work"
+                )  # it is shown: no site's own text
+                self._watch(errand.site, phase, waiting.done, waiting.total)
                 if self._preparing and errand.done != (waiting.phase, waiting.done):
                     errand.done, errand.moved = (waiting.phase, waiting.done), time.monotonic()
                 errand.wait(waiting)

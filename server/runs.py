@@ -8,7 +8,6 @@ engine.log      what the engine said
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -18,8 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from common.strict import read_toml
 from common.supervisor import bound_to
 from server import board
 from server.endpoints import LEAN, QUIET
-from server.enrolment import enrolled
+from server.enrolment import enrolled, locked
 from server.server_config import ServerConfig
 
 RUN = "run.toml"
@@ -41,7 +39,7 @@ ENDED = frozenset({"completed", "completed_partial"})
 """States of a run that nothing can go on from."""
 
 START_S = 120.0
-"""Seconds that an engine has to show itself: it imports torch on a machine that may be busy."""
+"""Seconds that an engine has to show itself: on a machine that may be busy."""
 
 STOP_S = 90.0
 """Seconds that an engine has to end: it tells its sites, and may be waiting for a SuperLink that does not answer."""
@@ -64,8 +62,8 @@ class RunFacts:
 def plan_of(path: Path, config: ServerConfig) -> tuple[RunConfig, Task]:
     """Return what a `run.toml` asks for, with its sites named, and the task.
 
-    A run over real sites needs `[task] labels`: those that every site uses, in the same order, and for several labels
-    an image `kind = "multi-label"`. `[data] preset` and `image_size` have to be those of the sites' own `site.toml`,
+    A run over real sites needs `[task] labels`: all those that sites use, and for several labels an image
+    `kind = "multi-label"`. `[data] preset` and `image_size` have to be those of the sites' own `site.toml`,
     else they refuse; left out, they are the preset `generic` and its size, as they are at a site. `[sites] names` may
     be left out: then every enrolled site takes part, and all have to answer unless `quorum` is lower.
 
@@ -250,23 +248,6 @@ def named(config: ServerConfig, folder: Path | None, *, resumable: bool) -> RunF
 # Engines
 
 
-@contextmanager
-def _starting(config: ServerConfig) -> Iterator[None]:
-    """Let no two engines be started at a time: each would find that there is none."""
-    try:
-        handle = os.open(config.state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ConfigError(
-            f"{config.state}: cannot be used ({error.strerror}), expected the coordinator's state; bring it back from "
-            "your backup, or make a new one with `consilium server init`"
-        ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def check_idle(config: ServerConfig) -> None:
     """Check that no run is being driven.
 
@@ -287,7 +268,7 @@ def begin(config: ServerConfig, run: RunConfig, folder: Path | None) -> Path:
         UsageError: the folder is in use, or cannot be written.
         ConsiliumError: another run is being driven, or the engine does not come up.
     """
-    with _starting(config):
+    with locked(config):  # two that start at a time would each find that there is none
         check_idle(config)
         place = make_folder(config, run, folder)
         _launch(config, place, bound=False)
@@ -305,7 +286,7 @@ def launch(config: ServerConfig, folder: Path, *, bound: bool = False) -> subpro
     Raises:
         ConsiliumError: another run is being driven, or the engine does not come up.
     """
-    with _starting(config):
+    with locked(config):  # two that start at a time would each find that there is none
         check_idle(config)
         return _launch(config, folder, bound=bound)
 

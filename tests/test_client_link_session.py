@@ -97,7 +97,7 @@ def test_what_a_killed_link_had_in_hand_is_asked_again_at_once(site: Site) -> No
     with site.control.grid(site.control.start_run(bundle())) as grid:
 
         def present() -> dict[str, Present]:
-            return {name: Present(there.node_id, there.activated_at) for name, there in roster(grid).items()}
+            return roster(grid)
 
         federation = Federation(grid, 120, Network(present))
         assert federation.find([site.name], Describe("x"))[site.name].status == "contributed"

@@ -161,7 +161,7 @@ def test_a_message_arrives_and_its_reply_comes_back(
         assert "dogwood" not in roster(grid)
         node_id = link.activate()
         present = roster(grid)["dogwood"]
-        assert present.node_id == node_id and present.activated_at
+        assert present.node == node_id and present.since
         back = exchange(grid, link, content)
         assert np.array_equal(back.array_records["weights"]["x"].numpy(), values)
         assert dict(back.config_records["facts"]) == {"a": "b"}
@@ -232,7 +232,7 @@ def test_a_killed_superlink_keeps_registrations_and_a_run_survives_its_restart(
             superlink.end(signal.SIGKILL)
             again = threading.Timer(2.0, superlink.start)
             again.start()
-            assert roster(grid)["elm"].node_id == node_id  # waits until it answers
+            assert roster(grid)["elm"].node == node_id  # waits until it answers
             again.join()
             assert link.answer(echo)
             (reply,) = grid.pull_messages([sent])

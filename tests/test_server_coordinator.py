@@ -11,9 +11,9 @@ import pytest
 from client.app import make_app
 from client.workshop import Workshop
 from common import codec, metrics, model
-from common.errors import ConfigError, DataError, QuorumLost
+from common.errors import ConfigError, ConsiliumError, DataError, QuorumLost
 from common.messages import REQUEST_OF, Description, Summed, Trained, count_bytes
-from server.coordinator import HEAD_BIAS, HEAD_WEIGHT, Cast, _competes
+from server.coordinator import HEAD_BIAS, HEAD_WEIGHT, Cast, Coordinator, _competes
 from server.evaluation import Measured, first_edges
 from server.state import RunState
 from simulations.grid import InProcessGrid
@@ -702,3 +702,35 @@ def test_a_finding_that_is_absent_nowhere_ends_the_run_with_its_name(lab):
     changed = {name: replace(cohort, labels=always[name]) for name, cohort in clinics.items()}
     with pytest.raises(DataError, match="'third' is absent in no training example"):
         lab.execute(start, lab.grid(start, changed))
+
+
+# ----------------------------------------------------------------------------------------------------------- farewell
+
+
+def test_a_farewell_that_fails_changes_nothing_of_how_the_run_ended(lab):
+    class Gone(lab.grids.Recording):
+        """The line breaks when the run is over."""
+
+        def push_messages(self, messages):
+            messages = list(messages)
+            if any(message.metadata.message_type == "query.finish" for message in messages):
+                raise ConsiliumError("the SuperLink does not answer")
+            return super().push_messages(messages)
+
+    start = lab.start()
+    assert lab.execute(start, lab.grid(start, kind=Gone)).complete
+
+
+@pytest.mark.parametrize(("ended", "word"), [(QuorumLost("too few"), "failed"), (KeyboardInterrupt(), "stopped")])
+def test_the_sites_are_told_how_a_run_ended(lab, monkeypatch, ended, word):
+    start = lab.start()
+    grid = lab.grid(start, kind=lab.grids.Recording)
+
+    def rounds(_self, _current):
+        raise ended
+
+    monkeypatch.setattr(Coordinator, "_rounds", rounds)
+    with pytest.raises(type(ended)):
+        lab.execute(start, grid)
+    told = [m.content["facts"]["status"] for m in grid.sent if m.metadata.message_type == "query.finish"]
+    assert told == [word] * 3

@@ -391,6 +391,7 @@ class Line(InProcessGrid):
             "work": to_record(Pending("t" * 64, "features", 1, 3)),
             "more": to_record(Pending("t" * 64, "features", len(self.sent), 0)),
             "done": to_record(Done()),
+            "shout": to_record(Pending("t" * 64, "[/b]\x1b[31mMrs Miller", 1, 3)),
             "describe": to_record(Description(name, np.ones((3, 2), np.int64), "")),
             "impostor": to_record(Description("a", np.ones((3, 2), np.int64), "")),
         }.get(word)
@@ -468,6 +469,14 @@ def test_work_that_moves_gives_no_more_time_to_train(quick):
     line = Line(a=["describe", *["more"] * 12, "done"])
     (answer,) = over(line, ("a",), deadline=0.3).ask({"a": train(1)})
     assert (answer.status, answer.reason) == ("lost", "deadline")
+
+
+def test_what_a_site_calls_its_work_is_shown_only_if_it_is_a_plain_word(quick):
+    told = []
+    line = Line(a=["describe", "shout", "done"])
+    federation = over(line, ("a",), watch=lambda *facts: told.append(facts))
+    assert asked(federation, Prepare("print"), ("a",))["a"].status == "contributed"
+    assert ("a", "at work", 1, 3) in told and "Miller" not in repr(told)
 
 
 def test_a_site_that_forgot_its_work_is_sent_the_request_again(quick):
