@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from client.oversight_cli import COMMANDS
 from common.cli import Group, once_up
 
 if TYPE_CHECKING:
@@ -275,40 +276,8 @@ def status(path: Path, as_json: bool) -> int:
     return 0 if found.healthy else 1
 
 
-@site.group(cls=Group, context_settings=_SETTINGS)
-def audit() -> None:
-    """Look at the trail of what was done with the site's data.
-
-    \b
-    Example:
-      consilium site audit verify --site radiology/site.toml
-    """  # noqa: D301
-
-
-@audit.command(context_settings=_SETTINGS)
-@site_option
-@as_json
-def verify(path: Path, as_json: bool) -> int:
-    """Check that no line of the audit trail was changed, moved or taken out.
-
-    \b
-    Example:
-      consilium site audit verify --site radiology/site.toml
-
-    Prints the hash of the last line: noted elsewhere, it shows later that the end was not cut off either.
-    Exit code: 0 it holds, 1 it does not, 2 wrong use.
-    """  # noqa: D301
-    from client import audit as trail
-    from client.site_config import read_site
-
-    entries = trail.read(read_site(path).audit)
-    torn = sum(entry.event == "torn_line" for entry in entries)
-    last = entries[-1].sha256 if entries else trail.START
-    if as_json:
-        _print_json({"entries": len(entries), "torn_lines": torn, "sha256": last})
-    else:
-        click.echo(f"holds: {len(entries)} entries, of which {torn} record a line torn by a crash; last {last}")
-    return 0
+for _command in COMMANDS:
+    site.add_command(_command)
 
 
 def _invited(invitation: Path, name: str | None) -> str:
@@ -350,16 +319,16 @@ def _show_joined(values: dict[str, str]) -> None:
 def _show(found: Findings, page: Path, files: bool) -> None:
     from client.report import terminal
 
-    terminal.show(found, _path(page), _console(), files=files)
+    terminal.show(found, _path(page), console(), files=files)
 
 
 def _table(title: str, values: dict[str, Any]) -> None:
     from client.report import terminal
 
-    terminal.pairs(title, {name: str(value) for name, value in values.items()}, _console())
+    terminal.pairs(title, {name: str(value) for name, value in values.items()}, console())
 
 
-def _console() -> Console:
+def console() -> Console:
     """Return the terminal; a letter that it cannot show is written as a code, and stops nothing."""
     from rich.console import Console
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from client.features import Features
 from common import metrics, multilabel
@@ -40,6 +41,21 @@ def evaluate(
 
 @torch.inference_mode()
 def head_inputs(upper: Upper, features: Features, indices: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return what the head reads, not standardised, of every view of these examples: (K n, W)."""
-    parts = [upper.taps(chunk.flatten(0, 1)).double().cpu().numpy() for chunk in features.chunks(indices, CHUNK)]
+    """Return what the head reads of every view of these examples, (K n, W).
+
+    A mean and deviation over all sites is not taken off, for it is these inputs that it is found from; stages that are
+    scaled by themselves are scaled.
+    """
+
+    def read(chunk: Tensor) -> Tensor:
+        taps = upper.taps(chunk.flatten(0, 1))
+        return upper.head.scaled(taps) if upper.head.stages else taps
+
+    parts = [read(chunk).double().cpu().numpy() for chunk in features.chunks(indices, CHUNK)]
     return np.concatenate(parts) if parts else np.zeros((0, upper.head.linear.in_features))
+
+
+def in_order_of_inputs(values: NDArray[Any], views: int) -> NDArray[Any]:
+    """Return what belongs to examples, (n, …), in the order of `head_inputs`: chunk by chunk, view by view."""
+    chunks = [values[start : start + CHUNK] for start in range(0, len(values), CHUNK)]
+    return np.concatenate([chunk for chunk in chunks for _ in range(views)] or [values])

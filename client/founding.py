@@ -67,8 +67,29 @@ TEMPLATE = """\
 # [policy]                          # limits on what a coordinator may ask: a run outside of them is refused
 # tasks = []                        # names of tasks; empty: any
 # backbones = []                    # names of timm models; empty: any
+# trunks = []                       # SHA-256 of frozen weights; empty: any
 # strategies = []                   # such as "fedavg", "fedprox"; empty: any
+# Coordinators: the fingerprint of their authority, as `consilium site join` prints it, or host:port. Empty: any.
+# coordinators = []
+# metrics = []                      # what may leave: confusion, histograms, calibration, losses; empty: any of them
+# closed = false                    # true: an empty list allows nothing, so what is not named is refused
 # max_rounds = 100                  # any number by default
+# max_local_steps = 500             # optimiser steps a round at this site; any number by default
+# max_local_epochs = 5              # passes a round over this site's training images; any number by default
+# max_bytes_out = 100000000         # bytes of one reply; any number by default
+# min_patients = 0                  # patients in training that this site needs to take part
+# min_per_label = 0                 # training images of every label of the run that this site needs
+# min_batch = 2                     # images a batch, at least; a batch of one is never allowed
+# min_sites = 1                     # sites that a run names, and that each round needs
+# min_cell = 0                      # counts below this do not leave; 0: they do
+# round_counts = 2                  # significant digits of counts that leave; exact by default
+# privacy = "optional"              # required: runs without differential privacy are refused
+# max_epsilon = 8.0                 # epsilon of all runs on these patients together; any by default
+# max_delta = 0.0001                # delta, likewise; any by default
+# allow_exact = false               # true: with max_epsilon, runs without differential privacy are taken all the same
+# hours = []                        # local time, such as ["20:00-06:00"]; new work is refused outside; empty: any time
+# approval = false                  # true: each new run waits for `consilium site approve`
+# review = false                    # true: each reply waits for `consilium site outbox --release`
 
 # [coordinator]                     # `consilium site join` fills it in; not needed to examine the data
 # address = ""                      # host:port

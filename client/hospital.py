@@ -12,17 +12,16 @@ opened anew: in a run, also after a restart, with those examples that are left o
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import logging
 import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +30,9 @@ from client import audit, erasure, examination, intake, policy
 from client.cohort import SPLITS, Cohort
 from client.desk import Progress
 from client.memory import Memory
+from client.outbox import Outbox, describe
 from client.site_config import SiteConfig
+from client.site_ledger import open_ledger
 from client.tenancy import Tenancy, Tenure
 from common.errors import ConfigError, ConsiliumError, SiteRefusal
 from common.files import write_atomic
@@ -43,13 +44,15 @@ from common.messages import (
     Finish,
     Reply,
     Request,
+    ticket,
     to_bytes,
     to_record,
 )
 from common.run_config import RunConfig
 
 if TYPE_CHECKING:
-    from client.site import Site  # imports torch, which takes seconds
+    from client.guard import Guard  # these import torch, which takes seconds
+    from client.site import Site
 
 OpenCohort = Callable[[Progress], Cohort]
 """Returns a site's examples, telling of its progress."""
@@ -57,6 +60,10 @@ OpenCohort = Callable[[Progress], Cohort]
 _Marks = tuple[tuple[int, ...], bytes]
 _RELEASE = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+")
 _TICKETS = 8
+REVIEW_S = 0.5
+"""Seconds between two looks whether a person has let a reply go."""
+
+COMPLETED = ("completed", "completed_partial")
 _log = logging.getLogger("consilium.site")
 
 
@@ -97,7 +104,11 @@ class Hospital:
         self._examined = 0
         self._members: NDArray[np.uint8] | None = None  # digests of who is in the run: nobody may join them later
         self._fewer = False  # the cohort is what is left of its members
-        self._allowed = ""  # fingerprint of the run that the policy has been asked about
+        self._decision = ("", "")  # fingerprint and rule of the policy's last one
+        self._guard: Guard | None = None
+        self._outbox = Outbox.at(config.state)
+        self._asked = ""  # the last request, by what it is called
+        self._run: RunConfig | None = None  # that was judged last
         self._code = ""
         self._device = ""
         self._refused: tuple[str, float] | None = None
@@ -147,14 +158,55 @@ class Hospital:
         """
         kind = KINDS[type(request)][0].rpartition(".")[2]
         try:
+            self._note_request(kind, request)
             content = to_bytes(to_record(self.answer(request, progress)))
-            facts = {"kind": {kind: 1}, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            audit.append(self._config.audit, "reply", facts)
+            self._let_out(kind, request, content, progress)
             self._told = None
         except Exception as error:  # recorded, and raised on
             self._record(kind, error.code if isinstance(error, SiteRefusal) else "internal")
             raise
         return content
+
+    def _note_request(self, kind: str, request: Request) -> None:
+        """Put a request into the trail, once if it comes again and again."""
+        asked = ticket(request)
+        if self._asked != asked:
+            audit.append(self._config.audit, "request", {"kind": {kind: 1}, "sha256": asked})
+            self._asked = asked
+
+    def _let_out(self, kind: str, request: Request, content: bytes, progress: Progress) -> None:
+        """Write down what is about to leave, and wait for a person to look at it if the policy wants that.
+
+        Raises:
+            SiteRefusal: `policy` if it is too large.
+        """
+        policy.check_reply(self._config.toml.policy, len(content))
+        fingerprint, names = getattr(request, "fingerprint", ""), self._names()
+        told = describe(content, {name: tuple(shape) for name, shape in names})
+        if self._config.toml.policy.review and told["arrays"]:
+            self._await_release(kind, request, content, {"run": fingerprint, "names": names}, progress)
+        sent = {"kind": {kind: 1}, "bytes": len(content), "sha256": told["sha256"], "tensors": _tensors(told)}
+        audit.append(self._config.audit, "reply", {**sent, **self._spent(fingerprint)})
+        self._outbox.mark_sent(ticket(request))
+
+    def _await_release(
+        self, kind: str, request: Request, content: bytes, facts: Mapping[str, Any], progress: Progress
+    ) -> None:
+        """Hold a reply until a person has let it go; the coordinator is told that somebody looks at it."""
+        called = ticket(request)
+        self._outbox.replace(called, kind, content, facts)
+        while not self._outbox.is_released(called):
+            progress("review", 0, 0)
+            time.sleep(REVIEW_S)
+
+    def _names(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return the names and shapes of what is trained, once the run's model is there."""
+        return self._site.trained_shapes() if self._site is not None else []
+
+    def _spent(self, fingerprint: str) -> dict[str, Any]:
+        """Return what the ledger says after a reply of a private run, and its head."""
+        private = self._run is not None and self._run.privacy.on and self._guard is not None
+        return (self._guard.statement(fingerprint) or {}) if private and self._guard else {}
 
     def answer(self, request: Request, progress: Progress) -> Reply:
         """Return the reply to a request.
@@ -166,24 +218,51 @@ class Hospital:
             return self._describe(request, progress)
         fingerprint = getattr(request, "fingerprint", "")
         if isinstance(request, Finish):
-            self._end(fingerprint)
+            self._end(fingerprint, request.status)
             return Done()
         held = self._tenancy.tenure
         if held is None or held.fingerprint != fingerprint:
             raise SiteRefusal("unknown_run")
-        self._allow(fingerprint)
+        try:
+            run = RunConfig.from_toml(self._memory.run() or "")
+        except ConfigError:
+            raise SiteRefusal("unknown_run") from None
+        self._judge(run, None)
         self._tenancy.hear(fingerprint, getattr(request, "round", None))
-        return self._at_work(progress, lambda site: site.handle(request))
+        return self._at_work(progress, lambda site: self._judged(site, run, request))
 
-    def _allow(self, fingerprint: str) -> None:
-        """Refuse to go on in a run that is in the site's memory, if the policy was changed since."""
-        if self._allowed != fingerprint:
-            try:
-                run = RunConfig.from_toml(self._memory.run() or "")
-            except ConfigError:
-                raise SiteRefusal("unknown_run") from None
-            _check_policy(self._config, run)
-            self._allowed = fingerprint
+    def _judged(self, site: Site, run: RunConfig, request: Request) -> Reply:
+        """Answer, if the policy still allows the run: it may have been changed, or a person have thought again."""
+        self._judge(run, site.cohort)
+        return site.handle(request)
+
+    def _judge(self, run: RunConfig, cohort: Cohort | None) -> None:
+        """Refuse a run that the hospital's own policy does not allow, and say why: in the trail, and in the site's log.
+
+        Args:
+            run: what is asked for.
+            cohort: the site's; None: not looked at yet, so what depends on it is judged later.
+
+        Raises:
+            PolicyRefusal: the policy says no.
+        """
+        fingerprint = run.fingerprint()
+        try:
+            policy.enforce(self._config, run, policy.facts_of(self._config, cohort), opened=cohort is not None)
+        except policy.PolicyRefusal as error:
+            _log.warning("a run was refused: %s", error.reason)
+            self._decided(fingerprint, error.rule, allowed=False)
+            raise
+        self._run = run
+        if cohort is not None:
+            self._decided(fingerprint, policy.ALLOWED, allowed=True)
+
+    def _decided(self, fingerprint: str, rule: str, *, allowed: bool) -> None:
+        """Put a decision and the rule that made it into the trail, once as long as it stays the same."""
+        if self._decision != (fingerprint, rule):
+            facts = {"fingerprint": fingerprint, "allowed": int(allowed), "rule": {rule or "policy": 1}}
+            audit.append(self._config.audit, "decision", facts)
+            self._decision = (fingerprint, rule)
 
     def _describe(self, request: Describe, progress: Progress) -> Reply:
         if _release(request.version) != _release(importlib.metadata.version("consilium")):
@@ -192,27 +271,30 @@ class Hospital:
             run = RunConfig.from_toml(request.run)
         except ConfigError:
             raise SiteRefusal("malformed") from None
-        _check_policy(self._config, run)
+        self._judge(run, None)
         fingerprint, held = run.fingerprint(), self._tenancy.tenure
         if not self._tenancy.is_free(fingerprint, request.ended):
             raise SiteRefusal("busy")
         if held is None or held.fingerprint != fingerprint:
             self._end(held.fingerprint if held else "")
             self._let_in()
-        reply = self._at_work(progress, lambda site: self._described(site, request, fingerprint))
+        reply = self._at_work(progress, lambda site: self._described(site, request, run))
         self._tenancy.begin(fingerprint, run.task.name, run.sites.deadline_s)
-        self._allowed = fingerprint
         if held is None or held.fingerprint != fingerprint:
             audit.append(self._config.audit, "run", {"fingerprint": fingerprint, "described": 1})
             _log.info("in run %s", fingerprint[:12])
         return reply
 
-    def _described(self, site: Site, request: Describe, fingerprint: str) -> Reply:
+    def _described(self, site: Site, request: Describe, run: RunConfig) -> Reply:
+        self._judge(run, site.cohort)
         reply = site.handle(request)
+        fingerprint = run.fingerprint()
         _write_members(self._config, fingerprint, site.cohort.digests)
         return reply
 
-    def _end(self, fingerprint: str) -> None:
+    def _end(self, fingerprint: str, status: str = "") -> None:
+        if status in COMPLETED:
+            self._outbox.drop(fingerprint)
         if self._tenancy.end(fingerprint):
             audit.append(self._config.audit, "run", {"fingerprint": fingerprint, "finished": 1})
             _log.info("run %s is over", fingerprint[:12])
@@ -299,6 +381,7 @@ class Hospital:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self._device = choose_device(self._config.toml.compute.device)
         workshop = Workshop(self._config.cache, self._device)
+        self._guard = self._made_guard()
         return Site(
             self._config.name,
             cohort,
@@ -307,6 +390,17 @@ class Hospital:
             lambda done, total: self._step(done, total),
             wheel=True,
             weights=self._config.weights,
+            guard=self._guard,
+        )
+
+    def _made_guard(self) -> Guard:
+        from client.guard import Guard, Limits
+
+        limits = self._config.toml.policy
+        return Guard(
+            lambda: open_ledger(self._config, write=True),
+            self._outbox,
+            Limits(limits.max_epsilon, limits.max_delta, limits.min_cell, limits.round_counts),
         )
 
     def _record(self, kind: str, code: str) -> None:
@@ -318,13 +412,11 @@ class Hospital:
             self._told = (kind, known)
 
 
-def _check_policy(config: SiteConfig, run: RunConfig) -> None:
-    """Refuse a run that the hospital's own policy does not allow, and say in the site's own log why."""
-    try:
-        policy.check(config.toml.policy, run)
-    except policy.PolicyRefusal as error:
-        _log.warning("a run was refused: %s", error.reason)
-        raise
+def _tensors(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what left by tensor, as the trail takes it: of weights in one vector each part by its name."""
+    parts = [part for array in told["arrays"] for part in array.get("parts") or [array]]
+    kept = ("shape", "norm", "sha256")
+    return {part["name"]: {key: part[key] for key in kept if part[key] is not None} for part in parts}
 
 
 def _release(version: str) -> str:

@@ -114,7 +114,7 @@ class Memory:
 
     def remember_frozen(self, request: Freeze) -> Frozen:
         """Keep standardiser and class weights."""
-        frozen: Frozen = {"mean": request.mean, "scale": request.scale, "class_weights": request.class_weights}
+        frozen: Frozen = {name: getattr(request, name) for name in ("mean", "scale", "class_weights", "lr")}
         checkpoint.write_tensors(self.folder / "frozen.safetensors", frozen)
         return frozen
 

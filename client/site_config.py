@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import pwd
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from client.labels import Rules
 from client.pacs_config import DicomWeb
@@ -30,6 +30,11 @@ NAME = "site.toml"
 SOCKET_BYTES = 107
 """The longest path of a unix socket (sun_path of Linux, less its end)."""
 
+METRICS = ("confusion", "histograms", "calibration", "losses")
+"""What an evaluation sends, by the name that a policy knows it by."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HOURS = re.compile(r"((?:[01][0-9]|2[0-3]):[0-5][0-9])-((?:[01][0-9]|2[0-3]):[0-5][0-9]|24:00)")
 _PROXY = re.compile(r"http://(?P<address>[^/@]+)/?")
 
 
@@ -39,6 +44,61 @@ def _words(value: Any) -> Any:
     if all(isinstance(word, str | int) for word in values):
         return tuple(str(int(word)) if isinstance(word, bool) else str(word) for word in values)
     return value  # pydantic says what is wrong
+
+
+def known_coordinator(text: str) -> str:
+    """Return the one way in which a coordinator is written: 64 small hexadecimal digits, or host:port.
+
+    Raises:
+        ValueError: it is neither a fingerprint nor an address.
+
+    Examples:
+        >>> known_coordinator("AB:" * 31 + "CD") == "ab" * 31 + "cd"
+        True
+        >>> known_coordinator("fl.example.org:9443")
+        'fl.example.org:9443'
+    """
+    digits = text.replace(":", "").lower()
+    if _SHA256.fullmatch(digits):
+        return digits
+    try:
+        return str(parse_address(text)).lower()
+    except ValueError:
+        raise ValueError(
+            f"got {text[:120]!r}, expected the SHA-256 fingerprint of an authority as `consilium site join` prints it, "
+            "or host:port"
+        ) from None
+
+
+def hours_of(text: str) -> tuple[int, int]:
+    """Return the minutes of a day at which hours begin and end; they cross midnight where the end comes first.
+
+    Raises:
+        ValueError: it is no span of time, or an empty one.
+
+    Examples:
+        >>> hours_of("20:00-06:30")
+        (1200, 390)
+    """
+    found = _HOURS.fullmatch(text)
+    if found is None:
+        raise ValueError(f'got {text[:80]!r}, expected hours such as "20:00-06:00"')
+    start, end = _minutes(found[1]), _minutes(found[2])
+    if start == end:
+        raise ValueError(f"got {text!r}, which is no time at all; leave hours out for any time")
+    return start, end
+
+
+def _minutes(clock: str) -> int:
+    hours, _, minutes = clock.partition(":")
+    return int(hours) * 60 + int(minutes)
+
+
+def _some_of(known: Sequence[str], value: tuple[str, ...]) -> tuple[str, ...]:
+    foreign = [name for name in value if name not in known]
+    if foreign:
+        raise ValueError(f"got {foreign[0]!r}, expected some of {', '.join(known)}")
+    return value
 
 
 def _place(value: str) -> str:
@@ -92,21 +152,76 @@ class DataSection(Section):
 
 
 class PolicySection(Section):
-    """Limits on what a coordinator may ask; a run outside of them is refused as a whole. Empty: any."""
+    """Limits on what a coordinator may ask; a run outside of them is refused as a whole. An empty list: any.
 
+    `client.policy` judges by them. Limits refuse, they never clamp, and what cannot be judged is refused.
+    """
+
+    # who asks, for what
     tasks: Names = ()  # names of tasks
     backbones: Names = ()  # names of timm models
+    trunks: Names = ()  # SHA-256 of frozen weights, 64 hexadecimal digits
     strategies: Names = ()  # without their parameters
+    coordinators: Names = ()  # fingerprints of an authority, as `site join` prints them, or host:port
+    metrics: Names = ()  # statistics of an evaluation that may leave: names of METRICS
+    closed: bool = False  # whether an empty list allows nothing, where it otherwise allows any
+    # how much
     max_rounds: int | None = Field(default=None, ge=1)  # None: any number
+    max_local_steps: int | None = Field(default=None, ge=1)  # optimiser steps a round at this site
+    max_local_epochs: int | None = Field(default=None, ge=1)  # passes a round over this site's training split
+    max_bytes_out: int | None = Field(default=None, ge=1)  # bytes of one reply
+    # how many stand behind what leaves
+    min_patients: int = Field(default=0, ge=0)  # in the training split
+    min_per_label: int = Field(default=0, ge=0)  # training examples of every label of the run
+    min_batch: int = Field(default=2, ge=2)  # examples a batch; a batch of one is never allowed
+    min_sites: int = Field(default=1, ge=1)  # sites that a run names, and that a round needs
+    min_cell: int = Field(default=0, ge=0)  # k: counts below it do not leave; 0: they do
+    round_counts: int | None = Field(default=None, ge=1, le=3)  # significant digits of counts that leave; None: exact
+    # differential privacy
+    privacy: Literal["optional", "required"] = "optional"
+    max_epsilon: float | None = Field(default=None, gt=0)  # of the whole ledger: all runs on these patients together
+    max_delta: float | None = Field(default=None, gt=0, lt=1)  # likewise
+    allow_exact: bool = False  # whether a site with max_epsilon still takes runs without privacy
+    # when, and who looks first
+    hours: Words = ()  # "20:00-06:00", local time, one or several; new work is refused outside; empty: at any time
+    approval: bool = False  # whether each new run waits for `consilium site approve`
+    review: bool = False  # whether each reply waits in the outbox for `consilium site outbox --release`
 
     @field_validator("strategies")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        kinds = get_args(StrategyKind)
-        foreign = [name for name in value if name not in kinds]
-        if foreign:
-            raise ValueError(f"got {foreign[0]!r}, expected some of {', '.join(kinds)}")
+        return _some_of(get_args(StrategyKind), value)
+
+    @field_validator("metrics")
+    @classmethod
+    def _measured(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _some_of(METRICS, value)
+
+    @field_validator("trunks")
+    @classmethod
+    def _digests(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [text for text in value if not _SHA256.fullmatch(text.lower())]
+        if wrong:
+            raise ValueError(f"got {wrong[0][:80]!r}, expected the 64 hexadecimal digits of a SHA-256")
+        return tuple(text.lower() for text in value)
+
+    @field_validator("coordinators")
+    @classmethod
+    def _reached(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(known_coordinator(text) for text in value)
+
+    @field_validator("hours")
+    @classmethod
+    def _spans(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            hours_of(text)
         return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PolicySection:
+        if self.privacy == "required" and self.allow_exact:
+            raise ValueError('privacy = "required" and allow_exact = true contradict each other: take one out')
+        return self
 
 
 class CoordinatorSection(Section):

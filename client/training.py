@@ -105,7 +105,7 @@ def fit(
     parameters = list(upper.trainable().values())
     received = [parameter.detach().clone() for parameter in parameters]
     deep = upper.body is not None
-    optimizer = _optimizer(training, parameters, base_lr(training, deep=deep))
+    optimizer = optimizer_of(training, parameters, base_lr(training, deep=deep))
     pool = Pool.of(indices, patients if training.draw == "patients" else None)
     steps = steps_per_round(training, len(pool))
     total = torch.zeros((), device=labels.device)
@@ -178,9 +178,12 @@ def add_proximal_gradient(parameters: list[nn.Parameter], received: list[Tensor]
                 parameter.grad.add_(parameter.detach() - origin, alpha=mu)
 
 
-def _optimizer(training: Training, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+def optimizer_of(training: Training, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """Return the run's optimiser, without any state."""
     if training.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=training.weight_decay, fused=True)
+        return torch.optim.SGD(
+            parameters, lr=lr, momentum=training.momentum, weight_decay=training.weight_decay, fused=True
+        )
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=training.weight_decay, fused=True)
 
 

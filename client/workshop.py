@@ -80,7 +80,7 @@ class Workshop:
 
 def _what_decides_the_model(run: RunConfig, sha256: str, cohort: Cohort) -> tuple[object, ...]:
     """Return what two runs must share to share a model; the trunk's hash covers backbone, cut and input."""
-    return sha256, len(run.task.labels), run.model.dropout, run.data.preset, cohort.preprocessing
+    return sha256, len(run.task.labels), run.model.dropout, run.model.scaling, run.data.preset, cohort.preprocessing
 
 
 def choose_device(wish: str) -> str:

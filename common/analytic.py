@@ -28,6 +28,9 @@ from numpy.typing import NDArray
 LOGIT_SCALE = 4.0
 """Ridge scores lie near 0 and 1; four times as much is a usable logit for the training that follows."""
 
+STAGE_NORM = 6.0
+"""Norm of the head's input where stages are scaled by themselves: the bias, 1 beside it, takes little of a record."""
+
 DEVIATION_FLOOR = 0.01
 """Added to each deviation, as a share of their root mean square, so that a constant input is not blown up."""
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
+from common.analytic import STAGE_NORM
 from common.errors import ConfigError
 from common.seeds import derive
 
@@ -132,10 +132,23 @@ class Trunk(nn.Module):
 
 
 class Head(nn.Module):
-    """Standardise with frozen mean and scale over all sites, then a linear layer: (B, W) to logits (B, K)."""
+    """Scale the inputs, then a linear layer: (B, W) to logits (B, K).
 
-    def __init__(self, width: int, labels: int, dropout: float = 0.0) -> None:
+    Either by frozen mean and deviation over all sites, or, with `stages`, each of the S stages' parts of an image to
+    the same norm by itself: u_s = 6 / sqrt(S) · x_s / ‖x_s‖, and then z_s = 6 / sqrt(S) · (u_s - m_s) / ‖u_s - m_s‖.
+    The centre m is 0, or what a private run pays for. So ‖z‖ ≤ 6 whatever the image, which bounds what one image can do
+    to a sum.
+
+    Args:
+        width: W.
+        labels: K.
+        dropout: on what the linear layer reads.
+        stages: widths of the stages that make up the input, if each is scaled by itself.
+    """
+
+    def __init__(self, width: int, labels: int, dropout: float = 0.0, stages: Sequence[int] = ()) -> None:
         super().__init__()
+        self.stages = tuple(stages)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
         self.dropout = nn.Dropout(dropout)
@@ -143,10 +156,20 @@ class Head(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
+    def scaled(self, taps: Tensor) -> Tensor:
+        """Return what the linear layer reads, (B, W)."""
+        if self.stages:
+            return self._each_to_norm(self._each_to_norm(taps) - cast(Tensor, self.mean))
+        return (taps - cast(Tensor, self.mean)) * cast(Tensor, self.scale)
+
+    def _each_to_norm(self, taps: Tensor) -> Tensor:
+        """Return each stage scaled to norm 6 / sqrt(S), so that all of them have norm 6."""
+        parts = [nn.functional.normalize(part, dim=1) for part in torch.split(taps, list(self.stages), dim=1)]
+        return torch.cat(parts, dim=1) * float(STAGE_NORM / len(parts) ** 0.5)
+
     def forward(self, taps: Tensor) -> Tensor:
         """Return logits (B, K)."""
-        standardised = (taps - cast(Tensor, self.mean)) * cast(Tensor, self.scale)
-        return cast(Tensor, self.linear(self.dropout(standardised)))
+        return cast(Tensor, self.linear(self.dropout(self.scaled(taps))))
 
 
 class Upper(nn.Module):
@@ -209,7 +232,14 @@ def pool(activation: Tensor) -> Tensor:
 
 
 def build(
-    model: nn.Module, *, cut: str, features: str, labels: int, image_size: int, dropout: float = 0.0
+    model: nn.Module,
+    *,
+    cut: str,
+    features: str,
+    labels: int,
+    image_size: int,
+    dropout: float = 0.0,
+    scaling: str = "moments",
 ) -> tuple[Trunk, Upper]:
     """Cut a model and put a fresh head, at zero, on it.
 
@@ -220,6 +250,7 @@ def build(
         labels: K.
         image_size: S, pixels.
         dropout: on the head's input.
+        scaling: of the head's input: `moments` over all sites, or `stages`, each by itself.
 
     Raises:
         ConfigError: as for `split`; or the image is too small for the model.
@@ -234,7 +265,10 @@ def build(
     image = _placeholder(traced)
     trunk_body = None if cut == "all" else _between(traced, [image], [*carried, *below], several=True)
     upper_body = _between(traced, [node], above, several=True) if above else None
-    head = partial(Head, labels=labels, dropout=dropout)
+
+    def head(widths: Sequence[int]) -> Head:
+        return Head(sum(widths), labels, dropout, widths if scaling == "stages" else ())
+
     channels_last = getattr(model, "output_fmt", None) == "NHWC"
     return _assemble(trunk_body, upper_body, bool(carried), image_size, channels_last, head)
 
@@ -245,7 +279,7 @@ def _assemble(
     carried: bool,
     size: int,
     channels_last: bool,
-    head: Callable[[int], Head],
+    head: Callable[[Sequence[int]], Head],
 ) -> tuple[Trunk, Upper]:
     """Find the shapes with one image of zeros and join the parts."""
     image = torch.zeros(1, 3, size, size)
@@ -266,7 +300,7 @@ def _assemble(
     if channels_last and any(tap.ndim == 4 and len(set(tap.shape[1:])) == 1 for tap in taps):
         raise ConfigError(f"--image-size {size}: a stage of this backbone is as wide as its maps; choose another size")
     layout = Layout(activation, sum(widths[: len(below)]))
-    return Trunk(trunk_body, layout), Upper(upper_body, layout, head(sum(widths)))
+    return Trunk(trunk_body, layout), Upper(upper_body, layout, head(widths))
 
 
 def _first_line(error: BaseException) -> str:

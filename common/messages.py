@@ -7,6 +7,7 @@ their own, so that what a round exchanges can be counted apart from what its eva
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
@@ -28,6 +29,13 @@ REFUSALS = (
     "preprocessing_differs",  # the site's images were preprocessed in another way
     "version_differs",  # the two ends run different versions of this package
     "policy",  # the site's own policy does not allow the run; its own log says which line of it
+    "approval",  # somebody at the site has to approve the run first
+    "not_private",  # the run's upper cannot be trained with differential privacy
+    "target",  # no noise reaches the run's epsilon at this site, or its delta is above 1 / patients
+    "budget",  # the site's budget of privacy does not cover it, or it asks for more than was planned
+    "cohort_changed",  # patients came or went since the run's privacy was planned
+    "ledger",  # the site's ledger of spent privacy cannot be used
+    "cadence",  # an evaluation that the run does not need: how often a split is looked at is fixed
     "busy",  # the site is in another run
     "no_cohort",  # the site's data cannot be used; its own log says why
     "unknown_ticket",  # the work that is asked for is not known here: the site was restarted since
@@ -66,6 +74,18 @@ class Description:
     support: NDArray[np.int64]
     trunk_sha256: str  # of the trunk it holds; empty for none
     trunk_bytes: int = 0  # of the run's trunk that it has received so far, while that is not whole
+    # What a site trains on: examples; of a private run patients, and `support` has nothing of its training split.
+    # Rounded if the site's policy says so
+    examples: int = 0
+    # Of a private run: what it will take of the site's patients at most, and what it has taken so far
+    unit: str = ""  # patient or image; empty: not private
+    delta: float = 0.0
+    epsilon: float = 0.0  # at most
+    spent: float = 0.0  # epsilon so far, of this run
+    noise_multiplier: float = 0.0  # of the rounds; of a closed form alone that of its sums
+    sampling_rate: float = 0.0
+    steps: int = 0  # at most
+    steps_done: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,6 +133,27 @@ class Summed:
 
 
 @dataclass(frozen=True)
+class PrivateStatistics:
+    """Ask for the noisy sums of a private run: those behind the centre of the head's inputs, or its closed form."""
+
+    fingerprint: str
+    gram: bool  # the closed form's, around the centre that was sent before; else the centre's
+    weights: NDArray[np.generic] = field(default_factory=lambda: np.zeros(0, np.float32))  # as for `Statistics`
+
+
+@dataclass(frozen=True)
+class PrivateSums:
+    """The sums of `common.private_form.Noisy`, field by field, or their total alone."""
+
+    total: NDArray[np.float64]  # (W,) sum over patients of half their head's input; (0,) where the closed form is asked
+    gram: NDArray[np.float64]
+    cross: NDArray[np.float64]
+    noise_multiplier: float
+    epsilon: float  # spent by the run at this site so far
+    steps: int  # private steps of the run so far, this one among them
+
+
+@dataclass(frozen=True)
 class Freeze:
     """The parts of the model that are settled before round 1 and stay."""
 
@@ -120,6 +161,8 @@ class Freeze:
     mean: NDArray[np.float32]  # (W,)
     scale: NDArray[np.float32]  # (W,)
     class_weights: NDArray[np.float64]  # of the training loss: (K,), or (2, K) of absent and present
+    # (1,) rate of a private run's steps, settled by its noise; 0: the run's own
+    lr: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
 
 
 @dataclass(frozen=True)
@@ -143,13 +186,15 @@ class Trained:
 
     weights: NDArray[np.generic]  # the change relative to the weights received, flat, at the wire precision
     num_examples: int
-    train_loss: float
+    train_loss: float  # 0 in a private run: it would be a release
     confusion: NDArray[np.int64]
     positives: NDArray[np.int64]
     negatives: NDArray[np.int64]
     calibration: NDArray[np.float64]
     brier: NDArray[np.float64]  # (1,)
     log_loss: NDArray[np.float64]  # (1,)
+    epsilon: float = 0.0  # of a private run: spent by it at this site so far
+    steps: int = 0  # and its private steps so far
 
 
 @dataclass(frozen=True)
@@ -199,8 +244,10 @@ class Finish:
     status: str  # how it ended: completed, completed_partial, failed, stopped
 
 
-Request = Describe | InstallTrunk | Prepare | Statistics | Freeze | Train | Evaluate | Finish | Collect
-Reply = Description | Summed | Done | Trained | Evaluated
+Request = (
+    Describe | InstallTrunk | Prepare | Statistics | PrivateStatistics | Freeze | Train | Evaluate | Finish | Collect
+)
+Reply = Description | Summed | PrivateSums | Done | Trained | Evaluated
 
 # Each request's Flower message type, and what answers it.
 KINDS: dict[type[Any], tuple[str, type[Any]]] = {
@@ -208,6 +255,7 @@ KINDS: dict[type[Any], tuple[str, type[Any]]] = {
     InstallTrunk: ("query.install_trunk", Done),
     Prepare: ("query.prepare", Done),
     Statistics: ("query.statistics", Summed),
+    PrivateStatistics: ("query.private_statistics", PrivateSums),
     Freeze: ("query.freeze", Done),
     Train: ("train", Trained),
     Evaluate: ("evaluate", Evaluated),
@@ -234,6 +282,11 @@ def to_record(message: Request | Reply | Pending) -> RecordDict:
         else:
             facts[name] = value
     return RecordDict({"weights": ArrayRecord(weights), "arrays": ArrayRecord(arrays), "facts": ConfigRecord(facts)})
+
+
+def ticket(request: Request) -> str:
+    """Return what a request is called, 64 hexadecimal digits: equal for equal requests."""
+    return hashlib.sha256(KINDS[type(request)][0].encode() + to_bytes(to_record(request))).hexdigest()
 
 
 def from_record(record: RecordDict, expected: type[T]) -> T:

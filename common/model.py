@@ -64,6 +64,7 @@ def _cut(model: torch.nn.Module, run: RunConfig) -> Built:
         labels=len(run.task.labels),
         image_size=spec.image_size,
         dropout=run.model.dropout,
+        scaling=run.model.scaling,
     )
     return Built(trunk, upper, spec)
 

@@ -119,6 +119,9 @@ class Model(Section):
     trainable: str = "head"  # head, stages:N counted from the output, all
     features: Literal["multi", "last"] = "multi"  # what the head reads: pooled outputs of several stages, or the last
     init: Literal["analytic", "zero"] = "analytic"  # the head's start: closed form of summed statistics, or zeros
+    # What the head's inputs are scaled by: pooled mean and deviation, or each stage of an image to norm 1 by itself,
+    # which needs nothing of the data
+    scaling: Literal["moments", "stages"] = "moments"
     ridge: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] = (
         0.1,
         0.3,
@@ -161,6 +164,8 @@ class Training(Section):
     class_weights: Literal["balanced", "none"] = "balanced"  # from pooled label counts, or none
     server_lr: float = Field(default=0.003, gt=0)  # fedadam, fedyogi, fedadagrad
     server_momentum: float = Field(default=0.9, ge=0, lt=1)  # fedavgm
+    momentum: float = Field(default=0.9, ge=0, lt=1)  # of sgd
+    averaging: float = Field(default=0.0, ge=0, le=1)  # share of the rounds, the last ones, whose mean ends the run
 
     @field_validator("strategy")
     @classmethod
@@ -191,8 +196,46 @@ def base_lr(training: Training, *, deep: bool) -> float:
     return training.lr or (DEEP_LR if deep else HEAD_LR)
 
 
+Epsilon = Annotated[float, Field(gt=0, le=1000)]
+
+
+def steps_per_round(training: Training, drawn: int) -> int:
+    """Return the optimiser steps of one round at a site; none without examples.
+
+    Args:
+        training: the run's section.
+        drawn: what one pass visits: the examples, or their patients.
+    """
+    if training.local_steps is not None and drawn:
+        return training.local_steps
+    return (training.local_epochs or 1) * math.ceil(drawn / training.batch_size)
+
+
 class Privacy(Section):
-    """Differential privacy: none in this version."""
+    """Differential privacy of the patients of the training splits, at each site, against everybody; none by default."""
+
+    epsilon: Epsilon | None = None  # what the whole run may cost a site's patients; gives each site its noise
+    noise_multiplier: float | None = Field(default=None, gt=0, le=1e6)  # or the noise itself, over the sensitivity
+    delta: float | None = Field(default=None, gt=0, lt=1)  # None: by each site's own number of patients
+    clip: float | None = Field(default=None, gt=0)  # C, L2 norm that a patient's gradient is cut to; None: a good one
+    centre: bool = True  # whether a share of the budget goes into the centre of the head's inputs
+    # What all looks at a split of the test and validation patients may cost, as Laplace noise; None: exact counts
+    histogram_epsilon: Epsilon | None = None
+    run: str = Field(default="", pattern="([0-9a-f]{32})?")  # drawn when the run is settled: tells it from its like
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Privacy:
+        if self.epsilon is not None and self.noise_multiplier is not None:
+            raise ValueError("epsilon and noise_multiplier exclude each other: give one")
+        wasted = [name for name in ("delta", "clip", "histogram_epsilon") if getattr(self, name) is not None]
+        if wasted and not self.on:
+            raise ValueError(f"{wasted[0]} without epsilon or noise_multiplier: give one of these with it")
+        return self
+
+    @property
+    def on(self) -> bool:
+        """Whether the run is private."""
+        return self.epsilon is not None or self.noise_multiplier is not None
 
 
 class Sites(Section):

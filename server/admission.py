@@ -15,12 +15,16 @@ from common import codec, parameters
 from common.analytic import Sums
 from common.codec import Shapes
 from common.errors import ConsiliumError
-from common.messages import Evaluated, Statistics, Summed, Trained
+from common.messages import Description, Evaluated, PrivateStatistics, PrivateSums, Statistics, Summed, Trained
 from common.metrics import FIELDS, Evaluation
 from common.multilabel import STATES, LabelwiseEvaluation
-from common.run_config import WireType
+from common.private_form import Noisy
+from common.run_config import RunConfig, WireType
 from server import census
-from server.evaluation import Statistic
+from server.evaluation import Edges, Statistic
+from server.spending import plausible
+
+_PRESENT, _ABSENT = STATES.index("present"), STATES.index("absent")
 
 REASONS = (
     "wrong_shape",  # not the run's number of values at the wire precision
@@ -38,12 +42,33 @@ class Rejected(ConsiliumError):
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a site's replies must agree with."""
+    """What a site's updates must agree with."""
 
     shapes: Shapes
     wire: WireType
-    support: NDArray[np.int64]  # what the site declared, as `server.census` has it
+    examples: int  # what the site declared for training
     max_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a site's evaluation of a split must agree with."""
+
+    support: NDArray[np.int64]  # (K,) examples by label, or of several labels an image (4, K) by state and label
+    exact: bool = True  # whether its counts are these; noisy ones are not
+
+
+def admissible(said: Description, run: RunConfig) -> bool:
+    """Return whether what a site says of itself can be: it holds something to train on, and has a plan if it needs one.
+
+    In a private run the site tells nothing of its training split but its size.
+    """
+    if not census.believable(said.support, run.task):
+        return False
+    training = int(census.examples(said.support)[census.TRAIN])
+    if not run.privacy.on:
+        return training > 0
+    return training == 0 and 0 < said.examples <= census.MOST_EXAMPLES and plausible(said, run.privacy.epsilon)
 
 
 def admit_update(reply: Trained, expected: Expectation) -> dict[str, NDArray[np.float32]]:
@@ -56,49 +81,86 @@ def admit_update(reply: Trained, expected: Expectation) -> dict[str, NDArray[np.
         update = codec.decode(reply.weights, expected.shapes, expected.wire)
     except ValueError:
         raise Rejected("wrong_shape") from None
-    if not np.isfinite(reply.train_loss) or not all(np.isfinite(value).all() for value in update.values()):
+    if not (np.isfinite(reply.train_loss) and np.isfinite(reply.epsilon)) or not all(
+        np.isfinite(value).all() for value in update.values()
+    ):
         raise Rejected("not_finite")
     if expected.max_norm is not None and parameters.norm(update) > expected.max_norm:
         raise Rejected("norm_too_large")
-    if reply.num_examples != int(census.examples(expected.support)[census.TRAIN]):
+    if reply.num_examples != expected.examples:
         raise Rejected("examples_differ")
     return update
 
 
-def admit_evaluation(reply: Trained | Evaluated, support: NDArray[np.int64], bins: int) -> Statistic:
+def admit_evaluation(reply: Trained | Evaluated, declared: Declared, edges: Edges) -> Statistic:
     """Return the statistics of a reply.
 
     Args:
         reply: what a site sent.
-        support: what the site declared for this split: (K,) examples by label, or of several labels an image (4, K) by
-            state and label.
-        bins: B of the edges that were sent.
+        declared: what it said before.
+        edges: that were sent.
 
     Raises:
         Rejected: with the reason code.
     """
     arrays: Mapping[str, NDArray[np.generic]] = {name: getattr(reply, name) for name in FIELDS}
     try:
-        found = _single(arrays, support) if support.ndim == 1 else _labelwise(arrays, support)
+        found = _single(arrays, declared) if declared.support.ndim == 1 else _labelwise(arrays, declared)
     except ValueError:
         raise Rejected("bad_statistics") from None
-    if found.bins != bins:
+    if found.bins != edges.shape[1] + 1:
         raise Rejected("bad_statistics")
     return found
 
 
-def _single(arrays: Mapping[str, NDArray[np.generic]], support: NDArray[np.int64]) -> Evaluation:
+def _single(arrays: Mapping[str, NDArray[np.generic]], declared: Declared) -> Evaluation:
     found = Evaluation.from_arrays(arrays)
-    if not np.array_equal(found.support, support):
+    if found.num_labels != len(declared.support):
+        raise ValueError("other labels than the run's")
+    if declared.exact and not np.array_equal(found.support, declared.support):
         raise ValueError("other examples than declared")
     return found
 
 
-def _labelwise(arrays: Mapping[str, NDArray[np.generic]], support: NDArray[np.int64]) -> LabelwiseEvaluation:
-    found = LabelwiseEvaluation.from_arrays(arrays, support.shape[1], int(support[:, 0].sum()))
-    if not np.array_equal(found.support, support[[STATES.index("present"), STATES.index("absent")]]):
+def _examples(arrays: Mapping[str, NDArray[np.generic]]) -> int:
+    """Return the least examples that counts of several labels can be of."""
+    confusion = arrays["confusion"]
+    if confusion.ndim != 3:
+        raise ValueError("confusion: not of several labels")
+    return int(max((int(label.sum()) for label in confusion), default=0))
+
+
+def _labelwise(arrays: Mapping[str, NDArray[np.generic]], declared: Declared) -> LabelwiseEvaluation:
+    support = declared.support
+    examples = int(support[:, 0].sum()) if declared.exact else _examples(arrays)
+    found = LabelwiseEvaluation.from_arrays(arrays, support.shape[1], examples)
+    if declared.exact and not np.array_equal(found.support, support[[_PRESENT, _ABSENT]]):
         raise ValueError("other annotations than declared")
     return found
+
+
+def admit_private_sums(reply: PrivateSums, request: PrivateStatistics, width: int, labels: int) -> Noisy:
+    """Return the noisy sums of a reply: of what is under the noise nothing can be checked.
+
+    Args:
+        reply: what a site sent.
+        request: what it was asked.
+        width: W of the head.
+        labels: K.
+
+    Raises:
+        Rejected: with the reason code.
+    """
+    size = width + 1
+    closed_form, centre = ((0,), (size * (size + 1) // 2,), (size, labels)), ((width,), (0,), (0, 0))
+    arrays = (reply.total, reply.gram, reply.cross)
+    if tuple(value.shape for value in arrays) != (closed_form if request.gram else centre):
+        raise Rejected("bad_statistics")
+    limit = float(np.finfo(np.float32).max)
+    finite = all(bool((np.abs(value) <= limit).all()) for value in arrays)
+    if not (finite and 0 < reply.noise_multiplier <= limit and 0 <= reply.epsilon <= limit and reply.steps >= 0):
+        raise Rejected("bad_statistics")
+    return Noisy(*arrays)
 
 
 def admit_sums(reply: Summed, request: Statistics, examples: NDArray[np.int64], width: int) -> Sums:

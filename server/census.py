@@ -31,11 +31,11 @@ def nothing(task: Task) -> Support:
 
 
 def believable(support: Support, task: Task) -> bool:
-    """Return whether counts can be a site's: of the run's shape and kind, with something to train on."""
+    """Return whether counts can be a site's: of the run's shape and kind, every label over the same examples."""
     if support.shape != nothing(task).shape or support.dtype != np.int64:
         return False
     within = bool((support >= 0).all() and (support <= MOST_EXAMPLES).all())
-    return within and _whole(support) and bool(examples(support)[TRAIN] > 0)
+    return within and _whole(support)
 
 
 def _whole(support: Support) -> bool:

@@ -22,6 +22,7 @@ class Drawing:
     trunk: bytes  # the frozen content
     frozen: int  # values in it
     weights: dict[str, NDArray[np.float32]]  # trainable values before round 1
+    stages: tuple[int, ...]  # widths of what the head reads, if each stage is scaled by itself
     source: str  # where the backbone's weights came from
 
 
@@ -56,5 +57,6 @@ def drawn(run: RunConfig) -> Drawing:
         settled.trunk,
         model.frozen_count(settled.built),
         model.trainable_values(settled.built.upper),
+        settled.built.upper.head.stages,
         Weights.parse(run.model.weights, run.model.backbone).source,
     )

@@ -25,8 +25,9 @@ from common.locks import exclusive
 from common.run_config import RunConfig
 from server import result
 from server.board import Board
+from server.company import Cast, Start
 from server.control import Control, bundle, roster
-from server.coordinator import Cast, Coordinator, Outcome, Start
+from server.coordinator import Coordinator, Outcome
 from server.drawing import drawn_apart
 from server.federation import Federation, Network
 from server.report import page
@@ -149,6 +150,7 @@ def prepared(config: ServerConfig, plan: RunConfig, folder: Path) -> Bench:
         upper_parameters=sum(value.size for value in drawing.weights.values()),
         weights={"source": drawing.source, "backbone": plan.model.backbone},
         warnings=(random,) if drawing.source == "none" else (),
+        stages=drawing.stages,
     )
     start = Start(
         plan,
@@ -157,6 +159,7 @@ def prepared(config: ServerConfig, plan: RunConfig, folder: Path) -> Bench:
         folder,
         version=version("consilium"),
         ended=ended_runs(config, plan.fingerprint()),
+        stages=drawing.stages,
         part_bytes=PART_BYTES,
     )
     return Bench(start, around)

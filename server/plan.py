@@ -12,6 +12,7 @@ from common.presets import PRESETS, preprocessing_id
 from common.run_config import Data, RunConfig, Task, base_lr
 from common.weights import Weights
 from server.aggregation import check_sites
+from server.private_defaults import leaves_rate_open, private
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def settled(plan: RunConfig, task: Task, names: Sequence[str], preset: str) -> S
         ConfigError: parts of the plan contradict each other.
         WeightsUnavailable: the pretrained weights cannot be had.
     """
+    plan = private(plan.model_copy(update={"task": task}))
     weights = Weights.parse(plan.model.weights, plan.model.backbone)
     names = tuple(sorted(names))
     check_sites(plan.training.rule, len(names))
@@ -45,7 +47,8 @@ def settled(plan: RunConfig, task: Task, names: Sequence[str], preset: str) -> S
     training = plan.training
     if training.local_epochs is None and training.local_steps is None:
         training = training.model_copy(update={"local_epochs": 1})
-    training = training.model_copy(update={"lr": base_lr(training, deep=plan.model.trainable != "head")})
+    if not leaves_rate_open(plan, training):
+        training = training.model_copy(update={"lr": base_lr(training, deep=plan.model.trainable != "head")})
     run = plan.model_copy(
         update={
             "task": task,

@@ -19,6 +19,16 @@ WORDS: Mapping[str, str] = {
     "its site.toml agree",
     "version_differs": "it runs another version of consilium; install the same version at both ends",
     "policy": "its own policy does not allow the run; its log says which limit: change the run, or ask the hospital",
+    "approval": "somebody there has to approve the run first: ask the hospital to look at `consilium site approve`",
+    "not_private": "its upper cannot be trained with differential privacy; train the head alone (--trainable head)",
+    "target": "no noise reaches the run's epsilon with as few patients as it has, or [privacy] delta is above 1 in its "
+    "patients; raise epsilon, leave delta out, or leave the site out",
+    "budget": "its budget of privacy does not cover the run; ask the hospital what is left, and ask for less: fewer "
+    "rounds, or a smaller epsilon",
+    "cohort_changed": "patients came or went there since the run's privacy was planned; go on without it, or start a new "
+    "run",
+    "ledger": "its ledger of spent privacy cannot be used; ask the hospital to look at `consilium site ledger`",
+    "cadence": "it was asked to evaluate more often than the run needs; install the same version at both ends",
     "busy": "it is in another run; wait for the end of that one, or let the hospital end it",
     "no_cohort": "its data cannot be used; its own log and `consilium site check` say why: ask the hospital",
     "unknown_ticket": "it was started anew in the middle of its work; resume the run",

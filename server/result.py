@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from common import checkpoint
 from common.files import write_json
 from common.run_config import RunConfig
-from server import census, state
-from server.coordinator import Cast, Outcome, contributed_rounds
+from server import census, spending, state
+from server.company import Cast
+from server.coordinator import Outcome, contributed_rounds
 from server.evaluation import curves
 from server.federation import Traffic
 from server.refusals import troubles
@@ -49,6 +51,7 @@ class Surroundings:
     quarantine: Mapping[str, int] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[Mapping[str, str], ...] = ()
+    stages: tuple[int, ...] = ()  # widths of what the head reads, if each stage is scaled by itself
 
 
 def completed(outcome: Outcome, around: Surroundings) -> dict[str, Any]:
@@ -60,6 +63,7 @@ def completed(outcome: Outcome, around: Surroundings) -> dict[str, Any]:
     }
     return {
         **_common(around),
+        "privacy": _privacy(outcome.cast, around.run),
         "status": "completed" if outcome.complete else "completed_partial",
         "trunk": {**around.trunk.__dict__, "transfers": dict(sorted(outcome.cast.transfers.items()))},
         "sites": _sites(outcome.cast, outcome.contributed, around.run),
@@ -77,6 +81,7 @@ def failed(error: str, around: Surroundings, cast: Cast, rounds: list[dict[str, 
     """Return the result of a run that stopped early; what was reached is kept."""
     return {
         **_common(around),
+        "privacy": _privacy(cast, around.run),
         "status": "failed",
         "error": error,
         "trunk": {**around.trunk.__dict__, "transfers": dict(sorted(cast.transfers.items()))},
@@ -100,7 +105,6 @@ def _common(around: Surroundings) -> dict[str, Any]:
         "upper": {"parameters": around.upper_parameters, "wire_dtype": around.run.wire.dtype},
         "weights": dict(around.weights),
         "baselines": around.baselines,
-        "privacy": None,
         "quarantine": dict(around.quarantine),
         "dropped": dict(around.dropped),
         "software": {
@@ -110,12 +114,16 @@ def _common(around: Surroundings) -> dict[str, Any]:
     }
 
 
+def _privacy(cast: Cast, run: RunConfig) -> dict[str, Any] | None:
+    return spending.document(cast.privacy, run.privacy.histogram_epsilon)
+
+
 def _sites(cast: Cast, contributed: Mapping[str, int], run: RunConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for site in run.sites.names:
         support = cast.support.get(site, census.nothing(run.task))
         found[site] = {
-            "examples": dict(zip(SPLITS, census.examples(support).tolist(), strict=True)),
+            "examples": dict(zip(SPLITS, _examples(cast, site, support), strict=True)),
             "labels": dict(zip(run.task.labels, census.present(support).sum(0).tolist(), strict=True)),
             "rounds": contributed[site],
             "status": cast.status.get(site, "lost(absent)"),
@@ -124,6 +132,12 @@ def _sites(cast: Cast, contributed: Mapping[str, int], run: RunConfig) -> dict[s
             annotated = census.annotated(support).sum(0).tolist()
             found[site]["annotated"] = dict(zip(run.task.labels, annotated, strict=True))
     return found
+
+
+def _examples(cast: Cast, site: str, support: NDArray[np.int64]) -> list[int]:
+    """Return the examples of each split; of a private run's training the patients, and not by label."""
+    train, *rest = census.examples(support).tolist()
+    return [cast.examples.get(site, train), *rest]
 
 
 def _both_ways(traffic: Traffic) -> dict[str, int]:
@@ -163,6 +177,8 @@ def write_model(folder: Path, outcome: Outcome, around: Surroundings, result: Ma
         "trunk_sha256": around.trunk.sha256,
         "cut": model.trainable,
         "features": model.features,
+        "scaling": model.scaling,
+        "stages": list(around.stages),
         "labels": list(around.run.task.labels),
         "kind": around.run.task.kind,
         "preprocessing": {
@@ -172,6 +188,7 @@ def write_model(folder: Path, outcome: Outcome, around: Surroundings, result: Ma
             "id": data.preprocessing,
         },
         "metrics": result["test"]["pooled"],
+        "privacy": result["privacy"],
         "best_round": outcome.best_round,
         "upper_sha256": digest,
         "fingerprint": around.run.fingerprint(),

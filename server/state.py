@@ -23,7 +23,7 @@ from common.files import write_atomic, write_json
 from server.evaluation import Threshold
 
 SCHEMA = 1
-_GROUPS = ("weights", "best", "strategy", "fixed")
+_GROUPS = ("weights", "best", "strategy", "fixed", "average")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class RunState:
     strategy: Mapping[str, NDArray[Any]]
     fixed: Mapping[str, NDArray[Any]]  # mean, scale, class_weights: settled before round 1
     edges: NDArray[np.float64]  # of the next look
+    average: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # of the last rounds, if it is wanted
     pending: Mapping[str, Any] = field(default_factory=dict)  # the entry of round `round`, without its validation
     lines: int = 0  # finished rounds in rounds.jsonl
     transfers: Mapping[str, int] = field(default_factory=dict)  # times the trunk was sent to each site

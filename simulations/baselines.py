@@ -8,6 +8,7 @@ test split, once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from client.workshop import Workshop
 from common.errors import ConsiliumError
 from common.run_config import RunConfig
 from server.app import make_app as make_server_app
-from server.coordinator import Coordinator, Outcome, Start
+from server.company import Start
+from server.coordinator import Coordinator, Outcome
 from server.federation import Federation
 from simulations.grid import InProcessGrid, run_in_process
 from simulations.hospitals import open_in_process
@@ -64,7 +66,7 @@ def run_alone(start: Start, name: str, cohort: Cohort, workshop: Workshop, scrat
     outcomes: list[Outcome] = []
 
     def coordinate(grid: Any) -> None:
-        lonely = Start(run, start.trunk, start.weights, folder=None, every_label=False)
+        lonely = replace(start, run=run, folder=None, every_label=False)
         outcomes.append(Coordinator(Federation(grid, run.sites.deadline_s), lonely).execute())
 
     client = make_client_app(open_in_process({name: cohort}, workshop, scratch))
@@ -82,7 +84,8 @@ def alone(run: RunConfig, name: str, parts: int = 1) -> RunConfig:
     training = run.training
     if training.rule.kind not in ("analytic", "fedavg"):
         training = training.model_copy(update={"strategy": "fedavg"})
-    if training.local_steps is not None:  # epochs grow with the data by themselves
+    # Epochs grow with the data by themselves, and what a private step costs and gives does not depend on their size
+    if training.local_steps is not None and not run.privacy.on:
         training = training.model_copy(update={"local_steps": training.local_steps * parts})
     sites = run.sites.model_copy(update={"names": (name,), "quorum": 1, "max_norm": None})
     return run.model_copy(update={"training": training, "sites": sites})

@@ -42,6 +42,10 @@ _PLACES = {
     "wire": ("wire", "dtype"),
     "quorum": ("sites", "quorum"),
     "deadline": ("sites", "deadline_s"),
+    "delta": ("privacy", "delta"),
+    "noise_multiplier": ("privacy", "noise_multiplier"),
+    "clip": ("privacy", "clip"),
+    "histogram_epsilon": ("privacy", "histogram_epsilon"),
 }
 
 
@@ -90,8 +94,20 @@ _PLACES = {
     metavar="FAULT",
     help="drop:SITE@ROUND, slow:SITE@ROUND:SECONDS, nan:SITE@ROUND, crash:coordinator@ROUND; repeatable.",
 )
-@click.option("--epsilon", type=float, metavar="EPS", help="Target of differential privacy (not in this version).")
-@click.option("--delta", type=float, metavar="DELTA", help="Its delta (not in this version).")
+@click.option(
+    "--epsilon",
+    metavar="EPS[,EPS…]",
+    help="Differential privacy of each site's patients: the target of the whole run, or several to compare [off].",
+)
+@click.option("--delta", type=float, metavar="DELTA", help="Its delta [each site's own, 1 / (10 patients)].")
+@click.option("--noise-multiplier", type=float, metavar="SIGMA", help="The noise itself, instead of --epsilon.")
+@click.option("--clip", type=float, metavar="C", help="Norm that a patient's gradient is cut to [a good one].")
+@click.option(
+    "--histogram-epsilon",
+    type=float,
+    metavar="EPS",
+    help="Laplace noise on evaluation counts, for all looks at a split [exact counts].",
+)
 @click.option(
     "--baselines/--no-baselines", default=None, help="Compare with pooled training and each site alone [yes]."
 )
@@ -150,7 +166,10 @@ rehearse = click.Command(
 
 def _carried_out(options: dict[str, Any], run: Callable[[Any, Any], tuple[Path, dict[str, Any]]]) -> int:
     """Run what the options describe, show its end, and return the exit code."""
-    job = _job(options)
+    targets = _targets(options)
+    if len(targets) > 1:
+        return _swept(options, targets, run)
+    job = _job({**options, "epsilon": targets[0] if targets else None})
     from common.progress import Reporter
     from server.report import closing
 
@@ -168,6 +187,50 @@ def _carried_out(options: dict[str, Any], run: Callable[[Any, Any], tuple[Path, 
     return 0 if found["status"] == "completed" else 3
 
 
+def _swept(options: dict[str, Any], targets: tuple[float, ...], run: Callable[[Any, Any], Any]) -> int:
+    """Run once for each epsilon and once without, show how they compare, and return the exit code."""
+    from common.errors import UsageError
+    from common.progress import Reporter
+    from simulations import sweep
+
+    if options["resume"]:
+        raise UsageError("--resume: goes on with one run; name the folder of one epsilon, and that epsilon alone")
+    jobs = {target: _job({**options, "epsilon": target}) for target in targets}
+    jobs_without = _job({**options, **dict.fromkeys(_OF_PRIVACY)})
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    try:
+        with Reporter(quiet=options["quiet"]) as reporter:
+            folder, found = sweep.run_all(jobs, jobs_without, run, options["output"], reporter)
+    except KeyboardInterrupt:
+        raise click.exceptions.Abort from None
+    if options["as_json"]:
+        click.echo(json.dumps(found, allow_nan=False))
+    else:
+        sweep.show(found, folder)
+    return 0 if found["status"] == "completed" else 3
+
+
+_OF_PRIVACY = ("epsilon", "delta", "noise_multiplier", "clip", "histogram_epsilon")
+
+
+def _targets(options: dict[str, Any]) -> tuple[float, ...]:
+    """Return the epsilons that were asked for, each once, the smallest first.
+
+    Raises:
+        ConfigError: one is no number.
+    """
+    from common.errors import ConfigError
+
+    text = options["epsilon"]
+    if text is None:
+        return ()
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise ConfigError(f"--epsilon: got {text!r}, expected a number such as 3, or several such as 1,3,8") from None
+    return tuple(found)
+
+
 def _quiet_dependencies() -> None:
     """Turn off what dependencies would send or print by themselves, before they are imported."""
     for name, value in {
@@ -182,13 +245,10 @@ def _quiet_dependencies() -> None:
 
 def _job(options: dict[str, Any]) -> Any:
     """Return the job that the options describe."""
-    from common.errors import UsageError
     from common.run_config import build
     from simulations.grid import Fault
     from simulations.runner import Job
 
-    if options["epsilon"] is not None or options["delta"] is not None:
-        raise UsageError("--epsilon: training with differential privacy is not in this version; leave it out")
     given = _given(options)
     if options["resume"] and (given or options["config"]):
         return _checked_resume(options, given)
@@ -260,6 +320,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     for name, (section, key) in _PLACES.items():
         if options[name] is not None:
             values.setdefault(section, {})[key] = options[name]
+    if options["epsilon"] is not None:
+        values.setdefault("privacy", {})["epsilon"] = float(options["epsilon"])
     if options["seed"] is not None:
         values["seed"] = options["seed"]
     return values
@@ -276,7 +338,7 @@ def merged(file: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     for key, value in options.items():
         if isinstance(value, dict) and isinstance(result.get(key, {}), dict):
             section = result.setdefault(key, {})
-            for one, other in (("local_epochs", "local_steps"), ("local_steps", "local_epochs")):
+            for one, other in _EXCLUSIVE:
                 if one in value and other not in value:
                     section.pop(other, None)
             section.update(value)
@@ -284,6 +346,15 @@ def merged(file: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
             result[key] = value
     result.setdefault("simulation", {})
     return result
+
+
+_EXCLUSIVE = (
+    ("local_epochs", "local_steps"),
+    ("local_steps", "local_epochs"),
+    ("epsilon", "noise_multiplier"),
+    ("noise_multiplier", "epsilon"),
+)
+"""Keys of which an option takes the place of what a file says of the other."""
 
 
 def _cache(options: dict[str, Any]) -> Path:

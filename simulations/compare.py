@@ -57,19 +57,18 @@ from client.augmentation import Augmentation
 from client.cohort import Cohort
 from client.features import Extractor
 from client.workshop import Workshop, threads
-from common import model
 from common.errors import ConfigError, ConsiliumError
 from common.files import write_json
 from common.presets import PRESETS
 from common.run_config import RunConfig, base_lr, build
 from common.seeds import numpy_stream
 from server.app import make_app as make_server_app
-from server.coordinator import Coordinator, Start
+from server.coordinator import Coordinator
 from server.federation import Federation
 from simulations import plain_flower, runner
 from simulations.grid import InProcessGrid, run_in_process
 from simulations.hospitals import open_in_process
-from simulations.runner import Job, Scene
+from simulations.runner import Job, Scene, start_of
 
 CUTS = ("head", "stages:2")
 BATCH_SIZE = 64
@@ -178,7 +177,7 @@ def federate(scene: Scene, cache: Path, clock: Clock) -> None:
     ended: list[bool] = []
     with tempfile.TemporaryDirectory(prefix="consilium-compare-") as name:
         folder = Path(name)
-        start = Start(scene.run, scene.trunk, model.trainable_values(scene.built.upper), folder)
+        start = start_of(scene, folder)
         workshop = Workshop(cache, scene.device)
         workshop.lend(scene.run.fingerprint(), scene.built)
 

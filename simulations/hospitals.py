@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +15,10 @@ from numpy.typing import NDArray
 
 from client.app import Handle, OpenSite
 from client.cohort import Cohort
+from client.guard import Guard
+from client.ledger import Ledger
 from client.memory import Memory
+from client.outbox import Outbox
 from client.site import Site
 from client.workshop import Workshop
 
@@ -25,9 +30,39 @@ def cohorts(pool: Cohort, parts: Mapping[str, NDArray[np.int64]]) -> dict[str, C
     return {name: pool.subset(parts[name]) for name in sorted(parts)}
 
 
-def open_in_process(sites: Mapping[str, Cohort], workshop: Workshop, memory: Path) -> OpenSite:
-    """Return what finds a node's site among sites that live as long as the process."""
-    hospitals = [Site(name, cohort, workshop, Memory.at(memory, name)) for name, cohort in sites.items()]
+LEDGERS = "ledgers"
+"""Folder of a run's folder with the ledger of each site, if the run is private."""
+
+
+def guard_of(ledgers: Path, memory: Memory, name: str) -> Guard:
+    """Return what private runs answer to at a simulated site: a ledger of its own, and no limits."""
+    owner = hashlib.sha256(f"simulated site {name}".encode()).hexdigest()
+    path = ledgers / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:40]}-{owner[:8]}.jsonl"  # any text may be a name
+
+    def open_ledger() -> Ledger:
+        ledgers.mkdir(parents=True, exist_ok=True)
+        return Ledger.open(path, owner)
+
+    return Guard(open_ledger, Outbox(memory.folder / "outbox"))
+
+
+def open_in_process(
+    sites: Mapping[str, Cohort], workshop: Workshop, memory: Path, ledgers: Path | None = None
+) -> OpenSite:
+    """Return what finds a node's site among sites that live as long as the process.
+
+    Args:
+        sites: their examples, by name.
+        workshop: that they share.
+        memory: folder of what they remember of the run.
+        ledgers: folder of their ledgers; None: beside that.
+    """
+    place = memory / LEDGERS if ledgers is None else ledgers
+    memories = {name: Memory.at(memory, name) for name in sites}
+    hospitals = [
+        Site(name, cohort, workshop, memories[name], guard=guard_of(place, memories[name], name))
+        for name, cohort in sites.items()
+    ]
 
     def open_site(node: Mapping[str, Any]) -> Handle:
         return hospitals[int(node["partition-id"])].handle
@@ -73,7 +108,9 @@ def _site(opener: OpenFromDisk, number: int) -> Site:
             preprocessing=str(held["preprocessing"]),
         )
         name = str(held["site"])
-    return Site(name, cohort, _workshop(opener.cache, opener.device), Memory.at(opener.folder, name))
+    memory = Memory.at(opener.folder, name)
+    guard = guard_of(opener.folder.parent / LEDGERS, memory, name)
+    return Site(name, cohort, _workshop(opener.cache, opener.device), memory, guard=guard)
 
 
 def _no_pixels(_rows: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -18,15 +18,13 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from client.workshop import Workshop
-from common import model
 from common.errors import ConsiliumError, UsageError
 from common.run_config import RunConfig
 from server import runs as server_runs
 from server.board import read as read_board
-from server.coordinator import Start
 from server.report import page
 from server.result import finish
-from simulations.runner import Job, Progress, Scene, around_of, compare, continued, open_folder, set_scene
+from simulations.runner import Job, Progress, Scene, around_of, compare, continued, open_folder, set_scene, start_of
 from simulations.stage import Stage, check_names, open_stage
 
 LOGS = "logs"
@@ -133,7 +131,7 @@ def _completed(scene: Scene, folder: Path, job: Job, progress: Progress, begin: 
     found: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
     workshop = Workshop(job.cache, scene.device)
     workshop.lend(scene.run.fingerprint(), scene.built)
-    start = Start(scene.run, scene.trunk, model.trainable_values(scene.built.upper), folder)
+    start = start_of(scene, folder)
     compared, seconds = compare(scene, start, workshop, folder, progress)
     known = around_of(scene)(compared, {})
     found["warnings"] = [*known.warnings, *(w for w in found["warnings"] if w["code"] != "random_weights")]

@@ -24,7 +24,8 @@ from common.run_config import RunConfig, Simulation
 from common.weights import Weights
 from server import result
 from server.app import make_app as make_server_app
-from server.coordinator import Cast, Coordinator, Outcome, Start
+from server.company import Cast, Start
+from server.coordinator import Coordinator, Outcome
 from server.federation import Federation
 from server.plan import settled
 from server.report import page
@@ -34,6 +35,7 @@ from simulations import baselines, datasets, hospitals, partition
 from simulations.annotation import Policy
 from simulations.datasets import Dataset
 from simulations.grid import Fault, InProcessGrid, check_faults, run_in_process, run_on_ray
+from simulations.hospitals import LEDGERS
 
 Progress = Callable[[str, int, int], None]
 
@@ -75,7 +77,7 @@ def simulate(job: Job, progress: Progress) -> tuple[Path, dict[str, Any]]:
     folder = open_folder(job, scene.run)
     workshop = Workshop(job.cache, scene.device)
     seconds = {"features": _fill(scene, job.cache, progress)}
-    start = Start(scene.run, scene.trunk, model.trainable_values(scene.built.upper), folder)
+    start = start_of(scene, folder)
     around = around_of(scene)
     workshop.lend(scene.run.fingerprint(), scene.built)
     cast = Cast()
@@ -94,6 +96,12 @@ def simulate(job: Job, progress: Progress) -> tuple[Path, dict[str, Any]]:
     result.write_model(folder / "model", outcome, known, found)
     result.finish(folder, found, page.write)
     return folder, found
+
+
+def start_of(scene: Scene, folder: Path) -> Start:
+    """Return what a coordinator starts with."""
+    upper = scene.built.upper
+    return Start(scene.run, scene.trunk, model.trainable_values(upper), folder, stages=upper.head.stages)
 
 
 def set_scene(plan: RunConfig, cache: Path, progress: Progress) -> Scene:
@@ -179,7 +187,7 @@ def federate(start: Start, scene: Scene, workshop: Workshop, job: Job, cast: Cas
         share = 1 / len(scene.sites) if scene.device == "cuda" else 0.0
         run_on_ray(server, make_client_app(opener), len(scene.sites), len(os.sched_getaffinity(0)), share)
     else:
-        client = make_client_app(hospitals.open_in_process(scene.sites, workshop, folder / "state"))
+        client = make_client_app(hospitals.open_in_process(scene.sites, workshop, folder / "state", folder / LEDGERS))
         run_in_process(server, InProcessGrid(client, list(scene.sites), job.faults, folder / "state"))
     if errors:
         raise errors[0]
@@ -220,6 +228,7 @@ def around_of(scene: Scene) -> Callable[[Mapping[str, Any] | None, Mapping[str, 
             quarantine=scene.dataset.cohort.quarantine,
             dropped=scene.dataset.dropped,
             warnings=(*((random,) if source.source == "none" else ()), *decided),
+            stages=scene.built.upper.head.stages,
         )
 
     return complete

@@ -35,8 +35,8 @@ from common import model
 from common.errors import ConfigError, ConsiliumError
 from common.files import write_json
 from common.run_config import RunConfig, Task, build
-from server.coordinator import HEAD_WEIGHT
 from server.plan import settled
+from server.settling import HEAD_WEIGHT
 from simulations import plain_deployment
 from simulations.compare import Findings, Row, show
 from simulations.light_sites import FACTS

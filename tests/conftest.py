@@ -65,8 +65,9 @@ from common import checkpoint, model
 from common.model import Built
 from common.run_config import RunConfig
 from server.app import make_app as make_server_app
+from server.company import Start
 from server.control import Control
-from server.coordinator import Coordinator, Outcome, Start
+from server.coordinator import Coordinator, Outcome
 from server.endpoints import Endpoints
 from server.federation import Federation
 from simulations import encodings
@@ -217,7 +218,8 @@ class Lab:
         plan = self.plan(names, **sections)
         _, trunk, weights = self.build(plan)
         resolved = plan.model.model_copy(update={"trunk_sha256": checkpoint.sha256(trunk)})
-        return Start(plan.model_copy(update={"model": resolved}), trunk, weights, folder)
+        stages = self.build(plan)[0].upper.head.stages
+        return Start(plan.model_copy(update={"model": resolved}), trunk, weights, folder, stages=stages)
 
     def workshop(self, start: Start) -> Workshop:
         """Return a workshop that need not build the run's model again."""

@@ -70,7 +70,8 @@ def test_the_new_file_explains_every_key_and_no_other() -> None:
 
 def test_the_defaults_that_the_new_file_shows_are_the_defaults() -> None:
     shown = explained()
-    examples = {"name", "patient", "split", "words", "image_size", "threads", "max_rounds"}  # said to be examples
+    examples = {"name", "patient", "split", "words", "image_size", "threads"}  # said to be examples
+    examples |= {name for name, field in PolicySection.model_fields.items() if field.default is None}
     for name, model in SECTIONS.items():
         if name == "data.dicomweb":
             continue
@@ -332,11 +333,43 @@ def test_peers_are_users_of_this_machine(tmp_path: Path) -> None:
         ('strategies = ["fedprocks"]', r"\[policy\] strategies: got 'fedprocks', expected some of fedavg"),
         ("max_rounds = 0", r"\[policy\] max_rounds: got 0"),
         ("tasks = 3", r"\[policy\] tasks"),
+        ('metrics = ["auc"]', r"\[policy\] metrics: got 'auc', expected some of confusion, histograms"),
+        ('trunks = ["abc"]', r"\[policy\] trunks: got 'abc', expected the 64 hexadecimal digits"),
+        ('coordinators = ["fl.example.org"]', r"\[policy\] coordinators: .*expected the SHA-256 fingerprint"),
+        ("min_batch = 1", r"\[policy\] min_batch: got 1"),
+        ("min_sites = 0", r"\[policy\] min_sites: got 0"),
+        ("min_cell = -1", r"\[policy\] min_cell: got -1"),
+        ("max_epsilon = 0", r"\[policy\] max_epsilon: got 0"),
+        ("max_epsilon = inf", r"\[policy\] max_epsilon: got inf"),
+        ("max_delta = 1.0", r"\[policy\] max_delta: got 1.0"),
+        ("round_counts = 4", r"\[policy\] round_counts: got 4"),
+        ('privacy = "on"', r"\[policy\] privacy: got 'on'"),
+        ('hours = "20-6"', r"\[policy\] hours: got '20-6', expected hours such as"),
+        ('hours = ["20:00-20:00"]', r"\[policy\] hours: .*no time at all"),
+        ('hours = ["24:00-06:00"]', r"\[policy\] hours: got"),
+        ("hours = 20.5", r"\[policy\] hours"),
+        ("approval = 1", r"\[policy\] approval: got 1"),
+        ('privacy = "required"\nallow_exact = true', r"policy.*contradict each other"),
     ],
 )
 def test_a_policy_that_cannot_be(policy: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         read_any_site(written(tmp_path, f'[site]\nname = "a"\n[policy]\n{policy}'))
+
+
+def test_a_policy_is_kept_in_one_form(tmp_path: Path) -> None:
+    fingerprint = ":".join(["AB"] * 32)
+    text = f"""
+[policy]
+coordinators = ["{fingerprint}", "FL.example.org:443"]
+trunks = ["{"AB" * 32}"]
+hours = "20:00-06:00"
+max_epsilon = 8
+"""
+    policy = read_any_site(written(tmp_path, f'[site]\nname = "a"\n{text}')).toml.policy
+    assert policy.coordinators == ("ab" * 32, "fl.example.org:443")
+    assert (policy.trunks, policy.hours, policy.max_epsilon) == (("ab" * 32,), ("20:00-06:00",), 8.0)
+    assert PolicySection() == PolicySection.model_validate({"tasks": [], "hours": []})
 
 
 def test_the_example_is_valid() -> None:

@@ -13,8 +13,10 @@ from client.workshop import Workshop
 from common import codec, metrics, model
 from common.errors import ConfigError, ConsiliumError, DataError, QuorumLost
 from common.messages import REQUEST_OF, Description, Summed, Trained, count_bytes
-from server.coordinator import HEAD_BIAS, HEAD_WEIGHT, Cast, Coordinator, _competes
+from server.company import Cast
+from server.coordinator import Coordinator, _competes
 from server.evaluation import Measured, first_edges
+from server.settling import HEAD_BIAS, HEAD_WEIGHT
 from server.state import RunState
 from simulations.grid import InProcessGrid
 from simulations.hospitals import open_in_process

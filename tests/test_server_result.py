@@ -18,7 +18,7 @@ from common.errors import QuorumLost
 from common.presets import PRESETS
 from common.run_config import RunConfig
 from server import result
-from server.coordinator import Cast
+from server.company import Cast
 from server.result import Surroundings, TrunkFacts
 
 SITES = ("north", "south", "west")

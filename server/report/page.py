@@ -8,7 +8,7 @@ escapes every value.
     wording   numbers as printed
     verdict   sentences
     charts    geometry; plots: which charts there are
-    tables    tables; costs: bytes and seconds
+    tables    tables; costs: bytes and seconds; privacy: what was spent, and what it cost
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import jinja2
 
 from common.errors import UsageError
 from common.files import write_atomic
-from server.report import costs, plots, tables, verdict
+from server.report import costs, plots, privacy, tables, verdict
 from server.report.reading import SCHEMA, Run
 from server.report.wording import duration, grouped
 
@@ -52,7 +52,7 @@ def render(result: Mapping[str, Any]) -> str:
     run = Run.of(result)
     values = {"run": run, "title": run.section("config", "task").get("name") or "Federated run", "facts": _facts(run)}
     name, tone = STATUS.get(run.status, (run.status, "warn"))
-    parts = {"verdict": verdict, "plots": plots, "tables": tables, "costs": costs}
+    parts = {"verdict": verdict, "plots": plots, "tables": tables, "costs": costs, "privacies": privacy}
     return _template().render(**values, **parts, status=name, tone=tone, tall=TALL, grouped=grouped).lstrip()
 
 

@@ -1,4 +1,4 @@
-"""The tables of the report: headline figures, rounds, sites, labels, images left out, privacy, configuration."""
+"""The tables of the report: headline figures, rounds, sites, labels, images left out, configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from server.refusals import explain
 from server.report.plots import COLOURS
-from server.report.reading import SCHEMA, Round, Run, Score, natural
+from server.report.reading import SCHEMA, Round, Run, Score
 from server.report.verdict import compare
 from server.report.wording import DASH, GAP, Figure, duration, fixed, grouped, joined, size
 
@@ -32,7 +32,6 @@ PER_LABEL = (
     ("f1", "F1"),
 )
 OPERATING = ("threshold", "precision", "recall", "specificity")
-SPENT = ("epsilon", "delta", "noise_multiplier", "sampling_rate", "steps")
 
 Pairs = list[tuple[str, str]]
 
@@ -242,25 +241,6 @@ def left_out(run: Run) -> list[tuple[str, str, str]]:
         for key, what in (("quarantine", "quarantined"), ("dropped", "dropped"))
         for code, count in sorted(run.section(key).items())
     ]
-
-
-@dataclass(frozen=True)
-class Privacy:
-    """What each site spent."""
-
-    unit: str
-    largest: str
-    rows: list[tuple[str, list[str]]]
-
-
-def privacy(run: Run) -> Privacy | None:
-    """Return the differential privacy spent, `None` if there was none."""
-    spent = run.section("privacy", "sites")
-    if not spent:
-        return None
-    rows = [(site, [_plain((spent[site] or {}).get(key)) for key in SPENT]) for site in sorted(spent, key=natural)]
-    known = [value for figures in spent.values() if (value := (figures or {}).get("epsilon")) is not None]
-    return Privacy(run.section("privacy").get("unit") or DASH, fixed(max(known, default=None)), rows)
 
 
 # Configuration
