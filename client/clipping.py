@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from client.ghost import Call, NotPrivate, Tap, drops_out, noted, taps
+from client.ghost import Call, NotPrivate, Tap, noted
+from client.taps import drops_out, taps
 from client.training import example_losses
 from common.backbone import NORMS_WITH_STATISTICS, Upper
 
@@ -69,7 +70,7 @@ class Clipper:
         if not bool(finite.all()):
             return self.sums(features[finite], labels[finite], class_weights, clip)
         factors = clip_factors(norms, clip)
-        found: dict[nn.Parameter, Tensor] = {}
+        found: dict[Tensor, Tensor] = {}
         for tap in self.taps:
             found |= tap.sums(calls.pop(0), factors)
         return [found[parameter] for parameter in self.parameters]
@@ -121,8 +122,8 @@ def require_private(upper: Upper, labels: int, *, multi_label: bool, clip: float
             ) from cause
     if not error <= MOST_ERROR:
         raise NotPrivate(
-            f"the sum of clipped gradients is off by {error:.1e} of what single records give, expected {MOST_ERROR:.0e} "
-            "at most; use --trainable head or another backbone"
+            f"the sum of clipped gradients is off by {error:.1e} of what single records give, expected at most "
+            f"{MOST_ERROR:.0e}; use --trainable head or another backbone"
         )
 
 
@@ -136,8 +137,8 @@ def _refuse_mixing(upper: Upper) -> None:
         statistics = isinstance(module, NORMS_WITH_STATISTICS)
         if statistics and (module.training or getattr(module, "running_mean", None) is None):
             raise NotPrivate(
-                f"{name} ({type(module).__name__}) normalises with the statistics of a batch, so one patient changes the "
-                "gradients of all others; choose a backbone whose norms keep running statistics, or another kind of norm"
+                f"{name} ({type(module).__name__}) normalises with the statistics of a batch, so one patient changes "
+                "the gradients of all others; choose a backbone whose norms keep running statistics"
             )
 
 

@@ -44,7 +44,7 @@ def padded(layer: nn.Conv2d, inputs: Tensor) -> tuple[Tensor, tuple[int, int]]:
 def weight_gradient(layer: nn.Conv2d, inputs: Tensor, backprops: Tensor) -> Tensor:
     """Return the gradient of the weight, summed over records: what a backward pass computes."""
     a, padding = padded(layer, inputs)
-    return conv2d_weight(a, layer.weight.shape, backprops, layer.stride, padding, layer.dilation, layer.groups)
+    return _weight_gradient(a, layer.weight.shape, backprops, layer, padding, layer.groups)
 
 
 def weight_gradients(layer: nn.Conv2d, inputs: Tensor, backprops: Tensor) -> Tensor:
@@ -57,12 +57,17 @@ def weight_gradients(layer: nn.Conv2d, inputs: Tensor, backprops: Tensor) -> Ten
     side_by_side = a.contiguous().view(1, -1, *a.shape[2:])
     b = backprops.contiguous().view(1, -1, *backprops.shape[2:])
     wide = (n * shape[0], *shape[1:])
-    gradient = conv2d_weight(side_by_side, wide, b, layer.stride, padding, layer.dilation, n * layer.groups)
-    return gradient.view(n, *shape)
+    return _weight_gradient(side_by_side, wide, b, layer, padding, n * layer.groups).view(n, *shape)
 
 
-@register_grad_sampler(CONVOLUTIONS)
-def conv_grad_sample(layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+def _weight_gradient(
+    a: Tensor, shape: tuple[int, ...], b: Tensor, layer: nn.Conv2d, padding: tuple[int, int], groups: int
+) -> Tensor:
+    found = conv2d_weight(a, shape, b, layer.stride, padding, layer.dilation, groups)  # type: ignore[no-untyped-call]
+    return cast(Tensor, found)
+
+
+def conv_grad_sample(layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
     """Return each record's gradient, (n, *parameter), for weight and bias, in any memory format."""
     gradients = {}
     if layer.weight.requires_grad:
@@ -74,8 +79,7 @@ def conv_grad_sample(layer: nn.Conv2d, activations: list[Tensor], backprops: Ten
     return gradients
 
 
-@register_norm_sampler(CONVOLUTIONS)
-def conv_norm_sample(layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+def conv_norm_sample(layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
     """Return each record's gradient norm, (n,), for weight and bias, in any memory format."""
     norms = {}
     if layer.weight.requires_grad:
@@ -144,3 +148,7 @@ def _under(layer: nn.Conv2d, axis: int, place: int, size: int) -> slice:
     """Return the pixels that one position of the kernel meets along an axis."""
     start, stride = place * layer.dilation[axis], layer.stride[axis]
     return slice(start, start + (size - 1) * stride + 1, stride)
+
+
+register_grad_sampler(CONVOLUTIONS)(conv_grad_sample)
+register_norm_sampler(CONVOLUTIONS)(conv_norm_sample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.cohort import Cohort
 from client.features import Features
 from common import metrics, multilabel
 from common.backbone import Upper
 from common.metrics import Evaluation
 from common.multilabel import LabelwiseEvaluation
+
+LOSSES = ("brier", "log_loss")
 
 CHUNK = 256
 """Examples a forward pass."""
@@ -37,6 +41,31 @@ def evaluate(
     count = metrics.evaluate if labels.ndim == 1 else multilabel.evaluate
     found: Evaluation | LabelwiseEvaluation = count(logits(upper, features, indices), labels[indices], edges)
     return found
+
+
+def shown(cohort: Cohort, split: str, least: int) -> NDArray[np.int64]:
+    """Return the examples of a split that is told of; none if one of the site's labels has fewer than so many.
+
+    Args:
+        cohort: the site's, in the labels that it holds.
+        split: validation or test.
+        least: examples of each label of the site; 0 or 1: any.
+    """
+    indices = cohort.indices(split)
+    support = cohort.support(split)
+    counted = support if support.ndim == 1 else support[:2]
+    return indices[:0] if len(indices) and counted.min() < least else indices
+
+
+def told(found: Evaluation | LabelwiseEvaluation, metrics: Collection[str]) -> dict[str, NDArray[Any]]:
+    """Return the statistics that a run asks for, as arrays; the others as zeros.
+
+    Args:
+        found: all of them.
+        metrics: names of `common.run_config.METRICS`.
+    """
+    withheld = [*(() if "calibration" in metrics else ("calibration",)), *(() if "losses" in metrics else LOSSES)]
+    return {name: np.zeros_like(value) if name in withheld else value for name, value in found.arrays().items()}
 
 
 @torch.inference_mode()

@@ -6,8 +6,8 @@ record over all layers is known; then b is scaled by the record's factor and the
 a plain backward pass would (the book-keeping of Bu et al., Differentially Private Optimization on Large Foundation
 Models at Small Cost, ICML 2023, Algorithm 1).
 
-Each trainable parameter belongs to one *tap*: the smallest module above it that is called once in a forward pass. How a
-tap gives norms and sums depends on what it is:
+Each trainable parameter belongs to one *tap*, a module that is called once in a forward pass; `client.taps` says which.
+How a tap gives norms and sums depends on what it is:
 
     Ghost        nn.Linear and convolutions: norms by Opacus' registry of norm samplers, nothing is formed
     Sampled      a class in Opacus' registry of gradient samplers (norms, embeddings): gradients are formed and kept
@@ -33,14 +33,14 @@ import torch
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from client.conv_samplers import CONVOLUTIONS, weight_gradient
+from client.conv_samplers import weight_gradient
 from client.linear_samplers import chunks
-from common.backbone import Upper
 from common.errors import ConsiliumError
 
-Sums = dict[nn.Parameter, Tensor]
+Sums = dict[Tensor, Tensor]
 
 
 class NotPrivate(ConsiliumError):
@@ -123,13 +123,13 @@ class Ghost(Tap):
 
     def squared_norms(self, call: Call) -> Tensor:
         """Return what Opacus' registered norm sampler gives."""
-        sampler = _NORM_SAMPLERS[type(self.module)]
+        sampler = NORM_SAMPLERS[type(self.module)]
         norms = sampler(self.module, [self._by_record(call, call.leaves[0])], self._by_record(call, call.backprops[0]))
         return torch.stack([norms[parameter].square() for parameter in self.parameters.values()]).sum(0)
 
     def _by_record(self, call: Call, rows: Tensor) -> Tensor:
         """Return (n · m, ...) as (n, m, ...) for a linear layer, to which windows are positions like any other."""
-        return rows if len(rows) == call.records else rows.unflatten(0, (call.records, -1))
+        return rows if len(rows) == call.records else _rows_of(rows, call.records)
 
     def sums(self, call: Call, factors: Tensor) -> Sums:
         """Return Σ f b aᵀ, the backward pass of the weight, and Σ f b."""
@@ -153,7 +153,7 @@ class Sampled(Tap):
 
     def squared_norms(self, call: Call) -> Tensor:
         """Form the gradients, keep them, and return their norms."""
-        sampler = _GRAD_SAMPLERS[type(self.module)]
+        sampler = GRAD_SAMPLERS[type(self.module)]
         formed = sampler(self.module, [call.leaves[0]], call.backprops[0])
         call.formed = {parameter: formed[parameter] for parameter in self.parameters.values()}
         return _squares(call.formed)
@@ -201,7 +201,7 @@ class Recomputed(Tap):
         values = {name: parameter.detach() for name, parameter in self.parameters.items()}
         ways = (None, [0 if row is not None else None for row in rows], 0)
         each = torch.func.vmap(torch.func.grad(partial(self._product, call)), ways)
-        with torch.no_grad():
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention know no vmap
             gradients = each(values, rows, backprops)
         return {self.parameters[name]: gradient for name, gradient in gradients.items()}
 
@@ -216,7 +216,7 @@ class Recomputed(Tap):
 
 def _rows_of(leaf: Tensor, records: int) -> Tensor:
     """Return (n · m, ...) as (n, m, ...)."""
-    return leaf.unflatten(0, (records, -1))
+    return torch.unflatten(leaf, 0, (records, -1))
 
 
 def _squares(formed: Sums) -> Tensor:
@@ -227,106 +227,13 @@ def _weighted(formed: Sums, factors: Tensor) -> Sums:
     return {p: torch.tensordot(factors, gradient, 1) for p, gradient in formed.items()}
 
 
-_NORM_SAMPLERS = cast(
+NORM_SAMPLERS = cast(
     "dict[type[nn.Module], Callable[[nn.Module, list[Tensor], Tensor], Sums]]",
     GradSampleModuleFastGradientClipping.NORM_SAMPLERS,
 )
-_GRAD_SAMPLERS = cast(
+GRAD_SAMPLERS = cast(
     "dict[type[nn.Module], Callable[[nn.Module, list[Tensor], Tensor], Sums]]", GradSampleModule.GRAD_SAMPLERS
 )
-
-
-# Which module answers for which parameter
-
-
-def taps(upper: Upper) -> list[Tap]:
-    """Return the taps of an upper; found with two forward passes of random features.
-
-    Raises:
-        NotPrivate: a module that must be recomputed drops out at random.
-    """
-    first, second = (_probe(upper, records) for records in (2, 3))
-    owners: dict[str, dict[str, nn.Parameter]] = {}
-    for names in _names_of_parameters(upper).values():
-        owner = _owner(names, first)
-        parameter = upper.get_parameter(names[0])
-        owners.setdefault(owner, {})[names[0].removeprefix(f"{owner}.")] = parameter
-    return [
-        _tap(name, upper.get_submodule(name), parameters, first[name][0], second[name][0])
-        for name, parameters in owners.items()
-    ]
-
-
-def _names_of_parameters(upper: Upper) -> dict[nn.Parameter, list[str]]:
-    """Return every name of each trainable parameter; a shared one has several."""
-    found: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in upper.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
-            found.setdefault(parameter, []).append(name)
-    return found
-
-
-def _owner(names: list[str], calls: dict[str, list[Call]]) -> str:
-    """Return the smallest module above all names that is called once; the upper itself, "", at the latest."""
-    above = [name.rpartition(".")[0] for name in names]
-    candidate = above[0]
-    while candidate and not (_called_once(candidate, calls) and all(_inside(candidate, name) for name in above)):
-        candidate = candidate.rpartition(".")[0]
-    return candidate
-
-
-def _called_once(name: str, calls: dict[str, list[Call]]) -> bool:
-    return len(calls.get(name, [])) == 1 and bool(calls[name][0].outputs)
-
-
-def _inside(module: str, name: str) -> bool:
-    return name == module or name.startswith(f"{module}.")
-
-
-def _tap(name: str, module: nn.Module, parameters: dict[str, nn.Parameter], two: Call, three: Call) -> Tap:
-    """Return the tap of a module that two and three records showed."""
-    own = all("." not in parameter for parameter in parameters)
-    single = own and len(two.leaves) == len(two.outputs) == 1 and isinstance(two.leaves[0], Tensor)
-    whole = single and len(two.leaves[0]) == two.records  # m = 1
-    if single and type(module) in _NORM_SAMPLERS and (type(module) is nn.Linear or (whole and _is_convolution(module))):
-        return Ghost(name, module, parameters)
-    if whole and type(module) in _GRAD_SAMPLERS:
-        return Sampled(name, module, parameters)
-    if any(drops_out(inner) for inner in module.modules()):
-        raise NotPrivate(f"{_label(name, module)} drops out at random and must be run twice; set its dropout to 0")
-    by_record = [_grows(a, b) for a, b in zip(two.leaves, three.leaves, strict=True)]
-    return Recomputed(name, module, parameters, by_record)
-
-
-def _is_convolution(module: nn.Module) -> bool:
-    return type(module) in CONVOLUTIONS
-
-
-def _grows(two: Any, three: Any) -> bool:
-    return isinstance(two, Tensor) and two.ndim > 0 and 3 * len(two) == 2 * len(three)
-
-
-def drops_out(module: nn.Module) -> bool:
-    """Return whether a module is at present one that leaves out values or paths at random."""
-    rate = getattr(module, "p", getattr(module, "drop_prob", 0.0))
-    random = isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in ("DropPath", "PatchDropout")
-    return random and module.training and isinstance(rate, float) and rate > 0
-
-
-def _label(name: str, module: nn.Module) -> str:
-    return f"{name or 'the upper part'} ({type(module).__name__})"
-
-
-def _probe(upper: Upper, records: int) -> dict[str, list[Call]]:
-    """Return the calls of every module with trainable parameters, of random features, by name."""
-    modules = {
-        name: module for name, module in upper.named_modules() if any(p.requires_grad for p in module.parameters())
-    }
-    device = next(upper.parameters()).device
-    features = torch.randn(records, upper.layout.width, generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.random.fork_rng([]), noted(modules, records) as calls:
-        upper(features)
-    return calls
 
 
 @contextmanager

@@ -64,7 +64,10 @@ class Guard:
         Raises:
             LedgerError: it cannot be used.
         """
-        return self.open_ledger()
+        try:
+            return self.open_ledger()
+        except ConfigError as error:  # of the secret that it is made with
+            raise LedgerError(str(error)) from None
 
     def plan(self, run: RunConfig, cohort: Cohort) -> Plan:
         """Return what a run will take of a cohort, noted in the ledger; the same run finds its plan again.

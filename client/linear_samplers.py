@@ -61,8 +61,7 @@ def chunks(records: int, values: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-@register_norm_sampler(nn.Linear)
-def linear_norm_sample(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+def linear_norm_sample(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
     """Return each record's gradient norm, (n,), for weight and bias."""
     n = len(backprops)
     b = backprops.reshape(n, -1, layer.out_features)
@@ -73,3 +72,6 @@ def linear_norm_sample(layer: nn.Linear, activations: list[Tensor], backprops: T
     if layer.bias is not None and layer.bias.requires_grad:
         norms[layer.bias] = b.sum(1).norm(dim=1)
     return norms
+
+
+register_norm_sampler(nn.Linear)(linear_norm_sample)

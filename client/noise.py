@@ -124,7 +124,7 @@ def _open(words: Tensor) -> Tensor:
 
 
 def _parts(values: Tensor) -> Iterator[Tensor]:
-    return iter(values.split(PART)) if len(values) else iter(())
+    return iter(torch.split(values, PART)) if len(values) else iter(())
 
 
 def grid(std: float) -> float:

@@ -201,10 +201,10 @@ class PrivateSite:
         weights: NDArray[np.generic],
     ) -> Drawn:
         self._look(split, edges, weights)
-        indices = told(self.cohort, split, self.guard.limits.min_cell)
+        indices = evaluation.shown(self.cohort, split, self.guard.limits.min_cell)
         found = evaluation.evaluate(bench.upper, features, self.labels, indices, edges)
         if self.run.privacy.histogram_epsilon is None:
-            return found.arrays(), ()
+            return evaluation.told(found, self.run.evaluation.metrics), ()
         return self._hidden(found, split, indices)
 
     def _hidden(self, found: Evaluation | LabelwiseEvaluation, split: str, indices: NDArray[np.int64]) -> Drawn:
@@ -252,20 +252,6 @@ class PrivateSite:
         for number in numbers:
             self.guard.spend(number, content)
         return from_record(from_bytes(content), expected)
-
-
-def told(cohort: Cohort, split: str, least: int) -> NDArray[np.int64]:
-    """Return the examples of a split that is told of; none if one of its labels has fewer than so many, but some.
-
-    Args:
-        cohort: the site's, in the labels that it holds.
-        split: validation or test.
-        least: examples of each label of the site; 0 or 1: any.
-    """
-    indices = cohort.indices(split)
-    support = cohort.support(split)
-    counted = support if support.ndim == 1 else support[:2]
-    return indices[:0] if len(indices) and counted.min() < least else indices
 
 
 def _read_looks(path: Path, fingerprint: str) -> dict[str, list[str]]:

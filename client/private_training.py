@@ -4,7 +4,8 @@ Each step draws every patient with probability q by itself, and of each one draw
 their clipped gradients; adds Gaussian noise of σ C to every value; and divides by q · P, the number of patients that
 were to be expected, which depends on nobody's data (Abadi et al., Deep Learning with Differential Privacy, CCS 2016,
 Algorithm 1). A record is thus a patient. What follows (the proximal term, weight decay, the optimiser) looks at the
-noisy gradient alone. All that is random comes from `client.noise`, and the loss is not told: it would be a release.
+noisy gradient alone. All randomness that protects comes from `client.noise`; dropout, which acts before clipping, draws
+from torch. The loss is not told: it would be a release.
 
 Opacus' optimisers are not used here: they draw noise of float32 from torch's generator, and hold two further copies of
 the gradients. Its samplers of norms and gradients are, in `client.ghost`.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from client.cohort import SPLITS, Cohort
 from client.features import Features, Progress
 from client.guard import Guard, no_guard
 from client.memory import Frozen, Memory
-from client.private_site import PrivateSite, told
 from client.workshop import Bench, Workshop, threads, trunk_matches
 from common import analytic, codec, model, parameters
 from common.errors import CacheError, ConfigError, SiteRefusal
@@ -46,6 +45,9 @@ from common.messages import (
 )
 from common.parameters import Parameters
 from common.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from client.private_site import PrivateSite
 
 
 class Site:
@@ -161,7 +163,7 @@ class Site:
         return support
 
     def _told(self, split: str) -> NDArray[np.int64]:
-        return told(self.cohort, split, self._guard.limits.min_cell)
+        return evaluation.shown(self.cohort, split, self._guard.limits.min_cell)
 
     def _install(self, run: RunConfig, request: InstallTrunk) -> Done:
         if request.sha256 != run.model.trunk_sha256:
@@ -222,6 +224,8 @@ class Site:
         return Summed(**found.__dict__)
 
     def _private(self, run: RunConfig) -> PrivateSite:
+        from client.private_site import PrivateSite  # imports opacus, which takes a second
+
         return PrivateSite(self.name, run, self.cohort, self._labels, self._guard, self._memory)
 
     def _private_statistics(self, run: RunConfig, request: PrivateStatistics) -> PrivateSums:
@@ -305,7 +309,8 @@ class Site:
         self, bench: Bench, features: Features, split: str, edges: NDArray[np.float64]
     ) -> dict[str, NDArray[Any]]:
         indices = self._told(split)
-        return evaluation.evaluate(bench.upper, features, self._labels, indices, edges).arrays()
+        found = evaluation.evaluate(bench.upper, features, self._labels, indices, edges)
+        return evaluation.told(found, self._run.evaluation.metrics if self._run else ())
 
 
 def _remembered(memory: Memory) -> RunConfig | None:

@@ -15,7 +15,7 @@ from common.privacy import NoNoise, Release, default_delta, epsilon, noise_multi
 from common.run_config import RunConfig, steps_per_round
 
 CENTRE_SHARE = 0.2
-"""Share of the budget, as 1/σ², that the centre of the head's inputs takes; 0.03 to 0.2 are alike with many patients."""
+"""Share of the budget, as 1/σ², that the centre of the head's inputs takes; with many patients 0.03 does as well."""
 
 SUMS_SHARE = 0.5
 """Share of it that the sums of a closed-form start take where rounds of training follow."""

@@ -34,6 +34,10 @@ StrategyKind = Literal[
     "trimmed-mean",
     "krum",
 ]
+MetricKind = Literal["confusion", "histograms", "calibration", "losses"]
+METRICS: tuple[MetricKind, ...] = get_args(MetricKind)
+"""What an evaluation can tell: counts by label and argmax, histograms of scores, calibration, Brier and log loss."""
+
 # What a strategy's parameter is called, and the interval it lies in (low inclusive, high exclusive).
 _PARAMETERS: dict[str, tuple[str, float, float]] = {
     "fedprox": ("MU", 0.0, math.inf),
@@ -238,6 +242,22 @@ class Privacy(Section):
         return self.epsilon is not None or self.noise_multiplier is not None
 
 
+class Evaluated(Section):
+    """What sites tell of an evaluation."""
+
+    metrics: Annotated[tuple[MetricKind, ...], Field(strict=False)] = METRICS
+
+    @field_validator("metrics")
+    @classmethod
+    def _enough(cls, value: tuple[MetricKind, ...]) -> tuple[MetricKind, ...]:
+        missing = [name for name in METRICS[:2] if name not in value]
+        if missing:
+            raise ValueError(
+                f"got {', '.join(value) or 'none'}, expected {missing[0]} among them: rounds compete by it"
+            )
+        return value
+
+
 class Sites(Section):
     """Who takes part, and how many answers a round needs."""
 
@@ -276,6 +296,7 @@ class RunConfig(Section):
     model: Model = Model()
     training: Training = Training()
     privacy: Privacy = Privacy()
+    evaluation: Evaluated = Evaluated()
     sites: Sites = Sites()
     wire: Wire = Wire()
     simulation: Simulation | None = None

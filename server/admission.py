@@ -56,6 +56,7 @@ class Declared:
 
     support: NDArray[np.int64]  # (K,) examples by label, or of several labels an image (4, K) by state and label
     exact: bool = True  # whether its counts are these; noisy ones are not
+    calibrated: bool = True  # whether the run asks for calibration, so that it may not be withheld
 
 
 def admissible(said: Description, run: RunConfig) -> bool:
@@ -108,9 +109,15 @@ def admit_evaluation(reply: Trained | Evaluated, declared: Declared, edges: Edge
         found = _single(arrays, declared) if declared.support.ndim == 1 else _labelwise(arrays, declared)
     except ValueError:
         raise Rejected("bad_statistics") from None
-    if found.bins != edges.shape[1] + 1:
+    if found.bins != edges.shape[1] + 1 or (declared.calibrated and not _calibrated(found)):
         raise Rejected("bad_statistics")
     return found
+
+
+def _calibrated(found: Statistic) -> bool:
+    """Return whether calibration is told wherever there are examples."""
+    parts = found.labels if isinstance(found, LabelwiseEvaluation) else (found,)
+    return all(bool(part.calibration.any()) for part in parts if part.examples)
 
 
 def _single(arrays: Mapping[str, NDArray[np.generic]], declared: Declared) -> Evaluation:
@@ -125,7 +132,7 @@ def _single(arrays: Mapping[str, NDArray[np.generic]], declared: Declared) -> Ev
 def _examples(arrays: Mapping[str, NDArray[np.generic]]) -> int:
     """Return the least examples that counts of several labels can be of."""
     confusion = arrays["confusion"]
-    if confusion.ndim != 3:
+    if confusion.ndim != 3 or confusion.dtype != np.int64:
         raise ValueError("confusion: not of several labels")
     return int(max((int(label.sum()) for label in confusion), default=0))
 

@@ -203,7 +203,11 @@ class Company:
 
     def declared(self, site: str, split: int) -> Declared:
         """Return what a site's evaluation of a split has to agree with."""
-        return Declared(self.cast.support[site][split], exact=self._run.privacy.histogram_epsilon is None)
+        return Declared(
+            self.cast.support[site][split],
+            exact=self._run.privacy.histogram_epsilon is None,
+            calibrated="calibration" in self._run.evaluation.metrics,
+        )
 
     def measure(self, phase: str, weights: Parameters, split: str, edges: Edges) -> Measured:
         """Have the sites evaluate weights on a split.
@@ -224,7 +228,7 @@ class Company:
             else:
                 self.cast.note(answer)
         self.require(len(found), phase)
-        return Measured(edges, found)
+        return Measured(edges, found, self._run.evaluation.metrics)
 
 
 def unbelievable(answer: Answer) -> Answer:

@@ -135,7 +135,7 @@ class Coordinator:
             tally.add(self._admit_round(answer, current.edges))
             self._cast.status[answer.site] = tally.status(answer.site)
         self._company.require(len(tally.contributions), f"round {number}")
-        judged = self._judged(current, Measured(current.edges, tally.evaluations))
+        judged = self._judged(current, Measured(current.edges, tally.evaluations, self._run.evaluation.metrics))
         weights = aggregator.aggregate(number, received, tally.contributions)
         mean = averaging.averaged(self._run.training, number, current.average, weights)
         seconds = time.monotonic() - begin
@@ -185,16 +185,20 @@ class Coordinator:
         entry = {**current.pending, "validation": measured.summary(labels), "sites": sites}
         self._write(entry)
         state = replace(current, edges=next_edges(measured), lines=current.lines + 1, pending={})
-        if not _competes(current, measured, labels):
+        if not _competes(current, measured, labels, self._answered(measured)):
             return state
         return replace(
             state,
             best=current.weights,
             best_round=current.round,
             best_score=score_for_choice(measured, labels),
-            best_examples=measured.pooled.examples,
+            best_examples=self._answered(measured),
             threshold=operating_threshold(measured),
         )
+
+    def _answered(self, measured: Measured) -> int:
+        """Return how much of the validation split was asked: its examples, or the sites where their number is noisy."""
+        return measured.pooled.examples if self._run.privacy.histogram_epsilon is None else len(measured.sites)
 
     def _unheard(self, site: str, number: int) -> dict[str, Any]:
         """Return the facts of a site that judges a round without having been in it; in the start everybody was."""
@@ -263,7 +267,7 @@ def contributed_rounds(rounds: Sequence[Mapping[str, Any]], names: Sequence[str]
     return found
 
 
-def _competes(current: RunState, measured: Measured, labels: tuple[str, ...]) -> bool:
+def _competes(current: RunState, measured: Measured, labels: tuple[str, ...], answered: int) -> bool:
     """Return whether the weights just judged are the best so far.
 
     Rounds compete by their score on the same examples: a round that misses a site's validation split was asked an
@@ -272,4 +276,4 @@ def _competes(current: RunState, measured: Measured, labels: tuple[str, ...]) ->
     score = score_for_choice(measured, labels)
     if score is None or current.best_score is None:
         return score is not None or current.best_score is None
-    return (measured.pooled.examples, score) > (current.best_examples, current.best_score)
+    return (answered, score) > (current.best_examples, current.best_score)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from common import metrics, multilabel
 from common.metrics import Evaluation
 from common.multilabel import LabelwiseEvaluation, Thresholds
-from common.run_config import TaskKind
+from common.run_config import METRICS, MetricKind, TaskKind
 
 COARSE_BINS = 512
 """Bins of the first look, which knows nothing of the scores."""
@@ -25,6 +25,9 @@ Edges = NDArray[np.float64]
 Statistic = Evaluation | LabelwiseEvaluation
 """Of one label an image, or of several: all sites of a run send the same kind."""
 
+_RESTS = {"calibration": "ece", "losses": "brier"}
+"""What a site may withhold -> the figure that rests on it."""
+
 Threshold = float | Thresholds | None
 """The operating point in score space: of several labels an image one each."""
 
@@ -35,6 +38,7 @@ class Measured:
 
     edges: Edges
     sites: Mapping[str, Statistic]
+    metrics: tuple[MetricKind, ...] = METRICS  # what the sites told
 
     @property
     def pooled(self) -> Statistic:
@@ -45,11 +49,23 @@ class Measured:
 
     def summary(self, labels: tuple[str, ...], threshold: Threshold = None) -> dict[str, Any]:
         """Return the METRICS of the pooled examples."""
-        return _summarise(self.pooled, labels, self.edges, threshold)
+        return self._told(_summarise(self.pooled, labels, self.edges, threshold))
 
     def site_summaries(self, labels: tuple[str, ...], threshold: Threshold = None) -> dict[str, dict[str, Any]]:
         """Return the METRICS of each site."""
-        return {name: _summarise(self.sites[name], labels, self.edges, threshold) for name in sorted(self.sites)}
+        found = {name: _summarise(self.sites[name], labels, self.edges, threshold) for name in sorted(self.sites)}
+        return {name: self._told(summary) for name, summary in found.items()}
+
+    def _told(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Return figures with null for those that rest on what was withheld."""
+        withheld = [figure for kind, figure in _RESTS.items() if kind not in self.metrics]
+        each = {name: _blanked(figures, withheld) for name, figures in summary["per_class"].items()}
+        return {**_blanked(summary, withheld), "per_class": each}
+
+
+def _blanked(figures: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return figures with null for those of these names."""
+    return {name: None if name in names else value for name, value in figures.items()}
 
 
 def _summarise(found: Statistic, labels: tuple[str, ...], edges: Edges, threshold: Threshold) -> dict[str, Any]:
@@ -91,11 +107,12 @@ def operating_threshold(measured: Measured) -> Threshold:
 
 def score_for_choice(measured: Measured, labels: tuple[str, ...]) -> float | None:
     """Return what rounds compete by: pooled validation AUC, else minus the mean log loss; None without examples."""
-    loss = measured.pooled.mean_log_loss
-    if loss is None:
+    if not measured.pooled.examples:
         return None
-    auc = measured.summary(labels)["auc"]
-    return float(auc) if auc is not None else -loss
+    auc, loss = measured.summary(labels)["auc"], measured.pooled.mean_log_loss
+    if auc is not None:
+        return float(auc)
+    return None if loss is None or "losses" not in measured.metrics else -loss
 
 
 def curves(measured: Measured, labels: tuple[str, ...]) -> dict[str, Any]:
@@ -111,4 +128,5 @@ def curves(measured: Measured, labels: tuple[str, ...]) -> dict[str, Any]:
         named = [(labels[target], pooled.positives[row], pooled.negatives[row]) for row, target in enumerate(targets)]
         together = pooled
     roc = {name: [list(point) for point in metrics.roc_curve(pos, neg)] for name, pos, neg in named}
-    return {"roc": roc, "reliability": metrics.reliability_curve(together)}
+    reliability = metrics.reliability_curve(together) if "calibration" in measured.metrics else []
+    return {"roc": roc, "reliability": reliability}

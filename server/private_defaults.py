@@ -19,7 +19,7 @@ from typing import Any
 
 from common.errors import ConfigError
 from common.private_steps import ROUNDS, clip_of
-from common.run_config import RunConfig, Training
+from common.run_config import METRICS, Evaluated, RunConfig, Training
 from common.strict import Section
 
 EVERYBODY = 65_536
@@ -39,7 +39,8 @@ def private(plan: RunConfig) -> RunConfig:
     _check(plan)
     model = _filled(plan.model, scaling="stages", init="zero")
     training = _filled(plan.training, **_training(plan))
-    found = plan.model_copy(update={"model": model, "training": training.model_copy(update={"draw": "patients"})})
+    training = training.model_copy(update={"draw": "patients"})
+    found = plan.model_copy(update={"model": model, "training": training, "evaluation": _evaluation(plan)})
     if training.rule.kind != "analytic" and not training.rounds and model.init == "zero":
         raise ConfigError("--epsilon: the run has no rounds and no closed form, so nothing would be learnt")
     named = {"clip": clip_of(found), "run": plan.privacy.run or secrets.token_hex(16)}
@@ -58,6 +59,11 @@ def _check(plan: RunConfig) -> None:
             '--class-weights: "balanced" takes exact counts of labels, which no epsilon covers; '
             'leave it out, or say "none"'
         )
+
+
+def _evaluation(plan: RunConfig) -> Evaluated:
+    """Return what sites tell: where counts are noisy, nothing besides them."""
+    return plan.evaluation if plan.privacy.histogram_epsilon is None else Evaluated(metrics=METRICS[:2])
 
 
 def _training(plan: RunConfig) -> dict[str, Any]:

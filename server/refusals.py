@@ -25,8 +25,8 @@ WORDS: Mapping[str, str] = {
     "patients; raise epsilon, leave delta out, or leave the site out",
     "budget": "its budget of privacy does not cover the run; ask the hospital what is left, and ask for less: fewer "
     "rounds, or a smaller epsilon",
-    "cohort_changed": "patients came or went there since the run's privacy was planned; go on without it, or start a new "
-    "run",
+    "cohort_changed": "patients came or went there since the run's privacy was planned; go on without it, or start "
+    "another run",
     "ledger": "its ledger of spent privacy cannot be used; ask the hospital to look at `consilium site ledger`",
     "cadence": "it was asked to evaluate more often than the run needs; install the same version at both ends",
     "busy": "it is in another run; wait for the end of that one, or let the hospital end it",

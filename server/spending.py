@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from common.messages import Description, PrivateSums, Trained
+from common.privacy import NoNoise, noise_multiplier
 
 UNITS = ("patient", "image")
 
@@ -75,6 +77,36 @@ def plausible(said: Description, epsilon: float | None) -> bool:
     return positive and rates and said.steps > 0 and (epsilon is None or said.epsilon <= epsilon * (1 + 1e-9))
 
 
+def _told(one: Spent) -> dict[str, Any]:
+    return {
+        "epsilon": one.epsilon,
+        "delta": one.delta,
+        "noise_multiplier": _alike(one),
+        "sampling_rate": one.sampling_rate,
+        "steps": one.steps,
+        "planned_epsilon": one.planned,
+        "planned_steps": one.planned_steps,
+        "round_noise_multiplier": one.noise_multiplier,
+    }
+
+
+def _alike(one: Spent) -> float:
+    """Return the noise multiplier with which as many steps, all alike, cost what was spent.
+
+    The centre and the rounds of a run have noise of their own; so three numbers stand for all of them, and an
+    accountant that is fed them comes to the epsilon that is told.
+    """
+    if not (one.steps and one.epsilon):
+        return one.noise_multiplier
+    try:
+        return _noise_multiplier(one.epsilon, one.delta, one.sampling_rate, one.steps)
+    except (NoNoise, ValueError):  # a site says what no steps can cost, or more steps than can be
+        return one.noise_multiplier
+
+
+_noise_multiplier = cache(noise_multiplier)  # sites of one size have the same plan
+
+
 def document(spent: Mapping[str, Spent], histogram_epsilon: float | None) -> dict[str, Any] | None:
     """Return the part of `result.json` on privacy, None for a run without.
 
@@ -82,11 +114,7 @@ def document(spent: Mapping[str, Spent], histogram_epsilon: float | None) -> dic
     """
     if not spent:
         return None
-    sites = {}
-    for name, one in sorted(spent.items()):
-        facts = asdict(one)
-        sites[name] = {key: facts[key] for key in facts if key not in ("unit", "planned", "planned_steps")}
-        sites[name]["planned_epsilon"] = one.planned
+    sites = {name: _told(one) for name, one in sorted(spent.items())}
     units = {one.unit for one in spent.values()}
     told = dict(EXACT)
     if histogram_epsilon is not None:

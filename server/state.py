@@ -35,7 +35,7 @@ class RunState:
     best: Mapping[str, NDArray[np.float32]]  # weights of the best round so far; empty before the first look
     best_round: int
     best_score: float | None
-    best_examples: int  # validation examples behind that score
+    best_examples: int  # validation examples behind that score; sites, where their number is noisy
     threshold: Threshold  # operating point of the best round, in score space
     strategy: Mapping[str, NDArray[Any]]
     fixed: Mapping[str, NDArray[Any]]  # mean, scale, class_weights: settled before round 1

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any
@@ -191,16 +192,18 @@ def _swept(options: dict[str, Any], targets: tuple[float, ...], run: Callable[[A
     """Run once for each epsilon and once without, show how they compare, and return the exit code."""
     from common.errors import UsageError
     from common.progress import Reporter
+    from common.run_config import Privacy
     from simulations import sweep
 
     if options["resume"]:
         raise UsageError("--resume: goes on with one run; name the folder of one epsilon, and that epsilon alone")
     jobs = {target: _job({**options, "epsilon": target}) for target in targets}
-    jobs_without = _job({**options, **dict.fromkeys(_OF_PRIVACY)})
+    first = jobs[targets[0]]
+    exact = replace(first, plan=first.plan.model_copy(update={"privacy": Privacy()}))  # whatever a file says of it
     logging.getLogger("flwr").setLevel(logging.ERROR)
     try:
         with Reporter(quiet=options["quiet"]) as reporter:
-            folder, found = sweep.run_all(jobs, jobs_without, run, options["output"], reporter)
+            folder, found = sweep.run_all(jobs, exact, run, options["output"], reporter)
     except KeyboardInterrupt:
         raise click.exceptions.Abort from None
     if options["as_json"]:
@@ -208,9 +211,6 @@ def _swept(options: dict[str, Any], targets: tuple[float, ...], run: Callable[[A
     else:
         sweep.show(found, folder)
     return 0 if found["status"] == "completed" else 3
-
-
-_OF_PRIVACY = ("epsilon", "delta", "noise_multiplier", "clip", "histogram_epsilon")
 
 
 def _targets(options: dict[str, Any]) -> tuple[float, ...]:

@@ -24,7 +24,18 @@ from server import runs as server_runs
 from server.board import read as read_board
 from server.report import page
 from server.result import finish
-from simulations.runner import Job, Progress, Scene, around_of, compare, continued, open_folder, set_scene, start_of
+from simulations.runner import (
+    Job,
+    Progress,
+    Scene,
+    around_of,
+    check_private,
+    compare,
+    continued,
+    open_folder,
+    set_scene,
+    start_of,
+)
 from simulations.stage import Stage, check_names, open_stage
 
 LOGS = "logs"
@@ -47,6 +58,7 @@ def rehearse(job: Job, progress: Progress) -> tuple[Path, dict[str, Any]]:
     _check(job, plan)
     with _ended_by_signals(progress) as progress:
         scene = set_scene(plan, job.cache, progress)
+        check_private(scene)
         check_names(scene.sites)
         folder = open_folder(job, scene.run)
         with open_stage(scene.sites, scene.device, progress, folder / LOGS) as stage:

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from client.app import make_app as make_client_app
 from client.augmentation import Augmentation
 from client.cohort import Cohort
 from client.features import Extractor
 from client.workshop import Workshop, choose_device
-from common import model
-from common.errors import CheckpointError, ConsiliumError, UsageError, unknown_value
+from common import model, private_plan, private_steps
+from common.errors import CheckpointError, ConfigError, ConsiliumError, UsageError, unknown_value
 from common.files import write_atomic
 from common.model import Built
 from common.presets import PRESETS, Preset
@@ -73,6 +75,7 @@ def simulate(job: Job, progress: Progress) -> tuple[Path, dict[str, Any]]:
     begin = time.monotonic()
     plan = continued(job)
     scene = set_scene(plan, job.cache, progress)
+    check_private(scene)
     check_faults(job.faults, scene.run.sites.names, scene.run.training.rounds)
     folder = open_folder(job, scene.run)
     workshop = Workshop(job.cache, scene.device)
@@ -131,6 +134,31 @@ def set_scene(plan: RunConfig, cache: Path, progress: Progress) -> Scene:
     placed = simulation.model_copy(update={"partition": str(spec), "data_root": str(data_root)})
     found = settled(plan.model_copy(update={"simulation": placed}), task, tuple(parts), preset_name)
     return Scene(found.run, dataset, hospitals.cohorts(dataset.cohort, parts), found.built, found.trunk, device)
+
+
+def check_private(scene: Scene) -> None:
+    """Refuse a private run that the sites would refuse, before anything is computed: it is one person's mistake here.
+
+    Raises:
+        ConfigError: no noise reaches the target at a site, or its delta is too large for it.
+        NotPrivate: the model's gradients cannot be told apart by patient.
+    """
+    if not scene.run.privacy.on:
+        return
+    from client.clipping import require_private  # imports opacus, which takes a second
+
+    for name, cohort in scene.sites.items():
+        patients = len(np.unique(cohort.patients[cohort.indices("train")]))
+        try:
+            private_plan.plan(scene.run, patients)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    require_private(
+        scene.built.upper,
+        len(scene.run.task.labels),
+        multi_label=scene.run.task.kind == "multi-label",
+        clip=private_steps.clip_of(scene.run),
+    )
 
 
 def _preset(plan: RunConfig, simulation: Simulation) -> tuple[str, Preset]:

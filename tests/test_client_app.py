@@ -35,6 +35,7 @@ from common.messages import (
     InstallTrunk,
     MalformedMessage,
     Prepare,
+    PrivateStatistics,
     Request,
     Statistics,
     Train,
@@ -43,6 +44,7 @@ from common.messages import (
 )
 from common.run_config import RunConfig
 from simulations.grid import InProcessGrid
+from simulations.hospitals import guard_of
 
 CANARIES = ("Doe^Jane", "19470113", "/srv/pacs/oncology/ward-7/0001.dcm")
 SIZES = (12, 6, 6)
@@ -72,17 +74,15 @@ def noise(source: Callable[[np.ndarray], np.ndarray] | None = None) -> Cohort:
     )
 
 
-@pytest.fixture(scope="module")
-def conversation() -> list[Request]:
+def requests(**changes: Any) -> list[Request]:
     """One request of each kind, in an order that a site can follow."""
-    run = RunConfig.model_validate(
-        {
-            "task": {"name": "noise", "labels": ("dark", "bright")},
-            "data": {"preset": "generic", "image_size": 32, "views": 1, "preprocessing": "noise"},
-            "model": {"backbone": "test_efficientnet", "weights": "none"},
-            "training": {"batch_size": 8},
-        }
-    )
+    values: dict[str, Any] = {
+        "task": {"name": "noise", "labels": ("dark", "bright")},
+        "data": {"preset": "generic", "image_size": 32, "views": 1, "preprocessing": "noise"},
+        "model": {"backbone": "test_efficientnet", "weights": "none"},
+        "training": {"batch_size": 8},
+    }
+    run = RunConfig.model_validate({**values, **{name: {**values.get(name, {}), **v} for name, v in changes.items()}})
     built = model.pretrained(run)
     content = model.frozen_content(built, run)
     sha256 = checkpoint.sha256(content)
@@ -94,12 +94,25 @@ def conversation() -> list[Request]:
         InstallTrunk(name, sha256, np.frombuffer(content, np.uint8)),
         Prepare(name),
         Statistics(name, np.ones(2), gram=True),
+        PrivateStatistics(name, gram=False),
         Freeze(name, np.zeros(width, np.float32), np.ones(width, np.float32), np.ones(2)),
         Train(name, 1, weights, edges),
         Evaluate(name, "test", weights, edges),
         Finish(name, "completed"),
         Collect("0" * 64),
     ]
+
+
+@pytest.fixture(scope="module")
+def conversation() -> list[Request]:
+    """The requests of a run without privacy, and one that such a run does not need."""
+    return requests()
+
+
+@pytest.fixture(scope="module")
+def private_conversation() -> list[Request]:
+    """The same of a private run."""
+    return requests(privacy={"noise_multiplier": 2.0}, model={"scaling": "stages"}, training={"draw": "patients"})
 
 
 def ask(handle: Handle, record: RecordDict, kind: str) -> Message:
@@ -125,25 +138,40 @@ def kind_of(request: Request) -> str:
 
 
 def site_of(folder: Path, cohort: Cohort | None = None) -> Handle:
-    return Site("north", cohort or noise(), Workshop(folder / "cache", "cpu"), Memory.at(folder, "north")).handle
+    memory = Memory.at(folder, "north")
+    guard = guard_of(folder / "ledgers", memory, "north")
+    return Site("north", cohort or noise(), Workshop(folder / "cache", "cpu"), memory, guard=guard).handle
 
 
-def test_every_kind_of_message_is_answered(conversation: list[Request], tmp_path: Path) -> None:
-    handle = site_of(tmp_path)
+def answers_all(handle: Handle, conversation: list[Request], superfluous: type[Request]) -> None:
+    """Expect a reply of its kind to each request but the one that the run has no use for."""
     assert {type(request) for request in conversation} == set(KINDS)
     for request in conversation[:-1]:
         kind, expected = KINDS[type(request)]
         reply = ask(handle, to_record(request), kind)
         assert not reply.has_error()
         assert reply.metadata.message_type == kind
-        assert isinstance(from_record(reply.content, expected), expected)
+        if isinstance(request, superfluous):
+            assert refused(reply) == "malformed"
+        else:
+            assert isinstance(from_record(reply.content, expected), expected)
     collect = conversation[-1]
     assert refused(ask(handle, to_record(collect), kind_of(collect))) == "unknown_ticket"  # nothing waits in a process
+
+
+def test_every_kind_of_message_is_answered(conversation: list[Request], tmp_path: Path) -> None:
+    answers_all(site_of(tmp_path), conversation, PrivateStatistics)
+
+
+def test_a_private_run_gets_no_exact_sums(private_conversation: list[Request], tmp_path: Path) -> None:
+    answers_all(site_of(tmp_path), private_conversation, Statistics)
 
 
 def test_answers_are_those_of_the_site(conversation: list[Request], tmp_path: Path) -> None:
     through, straight = site_of(tmp_path / "through"), site_of(tmp_path / "straight")
     for request in conversation[:-1]:
+        if isinstance(request, PrivateStatistics):
+            continue  # refused, as above
         reply = ask(through, to_record(request), kind_of(request)).content
         assert reply == to_record(straight(request))
 

@@ -427,7 +427,7 @@ def test_nothing_of_a_path_or_a_table_gets_into_what_is_kept(
     ("arguments", "hint"),
     [
         (["chekc"], "check"),
-        (["xyz"], "Expected one of audit, check, forget, init, join, pull"),
+        (["xyz"], "Expected one of approve, audit, check, forget, init, join, ledger"),
         (["audit", "verfiy"], "verify"),
         (["check", "site.toml", "--fils"], "--files"),
         (["forget", "x.csv", "--stie", "x"], "--site"),
@@ -503,4 +503,4 @@ def test_nothing_heavy_is_imported(arguments: list[str], hospital: SiteConfig) -
 def test_the_entry_point_is_written_down() -> None:
     text = (Path(cli.__file__).parents[1] / "pyproject.toml").read_text()
     assert 'site = "client.cli:site"' in text
-    assert '"client.report" = ["check.html.j2"]' in text
+    assert '"client.report" = ["audit.html.j2", "check.html.j2"]' in text

@@ -20,6 +20,7 @@ from client import clipping, conv_samplers, ghost, linear_samplers
 from client.clipping import Clipper, NotPrivate, require_private, self_test
 from client.conv_samplers import conv_grad_sample, conv_norm_sample
 from client.linear_samplers import linear_norm_sample, squared_norms
+from client.taps import drops_out
 from client.training import example_losses
 from common import backbone
 from common.backbone import Head, Layout, Upper
@@ -55,7 +56,7 @@ def network_upper(name: str, size: int, cut: str) -> Upper:
 def still(upper: Upper) -> Upper:
     """Nothing drops out at random."""
     for module in upper.modules():
-        if ghost.drops_out(module):
+        if drops_out(module):
             module.eval()
     return upper
 
@@ -410,8 +411,8 @@ def test_a_head_at_zero_is_tested_through_a_head_that_is_not() -> None:
 
 
 def test_opacus_own_sampler_of_convolutions_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(ghost._NORM_SAMPLERS, nn.Conv2d)
-    monkeypatch.setitem(ghost._GRAD_SAMPLERS, nn.Conv2d, compute_conv_grad_sample)
+    monkeypatch.delitem(ghost.NORM_SAMPLERS, nn.Conv2d)
+    monkeypatch.setitem(ghost.GRAD_SAMPLERS, nn.Conv2d, compute_conv_grad_sample)
     upper = network_upper("resnet18", 64, "stages:1")
     with pytest.raises(NotPrivate, match="off by"):
         require_private(upper, LABELS, multi_label=False, clip=1.0)

@@ -51,8 +51,10 @@ from common.messages import (
     Request,
     Statistics,
     Train,
+    from_bytes,
     from_record,
     pending,
+    ticket,
     to_bytes,
     to_record,
     unpacked,
@@ -193,10 +195,13 @@ def test_a_run_from_its_beginning_to_its_end(conversation: list[Request], tmp_pa
     events = [(entry.event, entry.facts) for entry in audit.read(config.audit)]
     assert [event for event, _ in events] == [
         "init",
-        *["run", "reply"],
-        *["reply"] * 6,
-        *["run", "reply"],
-        "refused",
+        *["request", "decision", "run", "reply"],
+        *["request", "reply"] * 6,
+        *["request", "run", "reply"],
+        *["request", "refused"],
+    ]
+    assert [facts["sha256"] for event, facts in events if event == "request"] == [
+        ticket(request) for request in (*conversation, conversation[5])
     ]
     assert events[-1][1] == {"kind": {"train": 1}, "code": {"unknown_run": 1}}
     assert status["state"] == "ready"
@@ -213,8 +218,19 @@ def test_what_left_is_in_the_audit_trail(conversation: list[Request], tmp_path: 
         content = to_bytes(link.record(conversation[0]))
         assert to_bytes(link.record(conversation[0])) == content
     entries = [entry for entry in audit.read(config.audit) if entry.event == "reply"]
+    support = from_record(from_bytes(content), Description).support
+    counts = {
+        "shape": list(support.shape),
+        "norm": float(np.linalg.norm(support)),
+        "sha256": hashlib.sha256(support.tobytes()).hexdigest(),
+    }
     assert [entry.facts for entry in entries] == [
-        {"kind": {"describe": 1}, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        {
+            "kind": {"describe": 1},
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "tensors": {"support": counts},
+        }
     ]
 
 

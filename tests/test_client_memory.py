@@ -39,7 +39,7 @@ def test_a_restart_keeps_run_trunk_and_standardiser(tmp_path: Path) -> None:
     frozen = memory.frozen()
     assert frozen is not None
     assert given is not None
-    assert frozen.keys() == given.keys() == {"mean", "scale", "class_weights"}
+    assert frozen.keys() == given.keys() == {"mean", "scale", "class_weights", "lr"}
     for name, value in frozen.items():
         sent = getattr(FREEZE, name)
         assert value.dtype == sent.dtype

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import client
-from client import approval, audit, chain, guard, oversight
+from client import approval, audit, chain, oversight, site_ledger
 from client.cli import site
 from client.founding import found
 from client.ledger import Ledger, LedgerError
@@ -79,7 +79,7 @@ def hospital(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SiteConfig:
         assert not write
         return Ledger.read(config.state / "ledger.jsonl", OWNER)
 
-    monkeypatch.setattr(guard, "open_ledger", open_ledger, raising=False)
+    monkeypatch.setattr(site_ledger, "open_ledger", open_ledger)
     return config
 
 
@@ -231,7 +231,7 @@ def test_a_ledger_that_cannot_be_read_is_said_on_the_page(
     def fails(*_: Any, **__: Any) -> None:
         raise LedgerError("rolled <b>back</b>")
 
-    monkeypatch.setattr(guard, "open_ledger", fails)
+    monkeypatch.setattr(site_ledger, "open_ledger", fails)
     assert run("audit", "export", "--site", hospital.path, "--output", tmp_path / "a.html")[0] == 0
     assert "rolled <b>back</b>" in Page((tmp_path / "a.html").read_text("utf-8")).text
     assert run("ledger", hospital.path) == (1, "", "consilium: rolled <b>back</b>\n")

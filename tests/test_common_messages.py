@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -31,6 +32,8 @@ from common.messages import (
     MalformedMessage,
     Pending,
     Prepare,
+    PrivateStatistics,
+    PrivateSums,
     Reply,
     Request,
     Statistics,
@@ -42,6 +45,7 @@ from common.messages import (
     from_record,
     pending,
     refusal,
+    ticket,
     to_bytes,
     to_record,
 )
@@ -58,6 +62,8 @@ EXAMPLES: list[Any] = [
     Prepare("f" * 64),
     Statistics("f" * 64, ONE, gram=True),
     Summed(ONE, ONE, ONE, ONE, ONE, ONE, np.zeros(0), np.zeros((0, 0))),
+    PrivateStatistics("f" * 64, gram=False),
+    PrivateSums(np.zeros(0), ONE, FLOATS, 2.0, 0.5, 1),
     Freeze("f" * 64, np.float32([1, 2]), np.float32([3, 4]), ONE),
     Done(),
     Train("f" * 64, 3, np.float32([1.5, np.nan]), FLOATS),
@@ -154,7 +160,7 @@ def test_any_missing_field_is_malformed(message: Any) -> None:
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 def test_any_extra_field_is_malformed(message: Any) -> None:
     with_fact, with_array = to_record(message), to_record(message)
-    with_fact.config_records["facts"]["epsilon"] = 1.0
+    with_fact.config_records["facts"]["another"] = 1.0
     with_array.array_records["arrays"]["more"] = Array("uint8", (1,), RAW, b"x")
     for record in (with_fact, with_array):
         with pytest.raises(MalformedMessage, match="other fields than expected"):
@@ -288,6 +294,22 @@ def test_a_refusal_with_anything_beside_it_is_malformed() -> None:
         from_record(records(facts={"refused": "internal", "why": "see /data"}), Done)
 
 
+# ----------------------------------------------------------------------------------------------------------- tickets
+
+
+def test_equal_requests_are_called_alike_and_others_are_not() -> None:
+    requests = [message for message in EXAMPLES if isinstance(message, get_args(Request))]
+    called = [ticket(request) for request in requests]
+    assert len(set(called)) == len(requests)
+    assert all(re.fullmatch("[0-9a-f]{64}", name) for name in called)
+    assert [ticket(from_record(to_record(request), type(request))) for request in requests] == called
+
+
+def test_one_field_is_enough_to_be_called_differently() -> None:
+    assert ticket(Train("f", 1, np.float32([1]), FLOATS)) != ticket(Train("f", 2, np.float32([1]), FLOATS))
+    assert ticket(PrivateStatistics("f", gram=True)) != ticket(PrivateStatistics("f", gram=False))
+
+
 # ------------------------------------------------------------------------------------------------------------- bytes
 
 
@@ -312,7 +334,7 @@ def test_half_the_precision_is_half_the_bytes_of_weights_and_changes_nothing_els
 def test_an_empty_text_and_one_beyond_ascii_are_counted() -> None:
     assert count_bytes(to_record(Description("", np.zeros((3, 0), np.int64), ""))) == (
         0,
-        len("site" + "trunk_sha256" + "trunk_bytes") + 8,
+        sum(len(field.name) for field in fields(Description) if field.name != "support") + 9 * 8,
     )
     assert count_bytes(to_record(Describe("ü")))[1] == len("run" + "version" + "ended") + 2
 

@@ -99,6 +99,12 @@ def bumped(place: tuple[int, ...], by: float) -> Any:
     return change
 
 
+def thinned(value: np.ndarray) -> np.ndarray:
+    """Take out one of several bins that hold examples."""
+    value[tuple(np.argwhere(value[..., 0] > 0)[0])] = 0
+    return value
+
+
 HOSTILE = {
     "another label": changed("confusion", lambda value: np.concatenate([value, value[:1]])),
     "one label less": changed("brier", lambda value: value[:2]),
@@ -113,7 +119,7 @@ HOSTILE = {
     "confusion of more": changed("confusion", bumped((0, 1, 1), 1)),
     "a NaN": changed("brier", bumped((1,), np.nan)),
     "Brier score above 1": changed("brier", bumped((1,), 99.0)),
-    "calibration of fewer": changed("calibration", lambda value: value * 0),
+    "calibration of fewer": changed("calibration", thinned),
     "counts as floats": changed("positives", lambda value: value.astype(float)),
     "floats of 32 bits": changed("calibration", lambda value: value.astype(np.float32)),
 }
@@ -123,6 +129,11 @@ HOSTILE = {
 def test_what_cannot_be_an_evaluation_is_refused(case: str) -> None:
     with pytest.raises(ValueError, match="evaluation"):
         LabelwiseEvaluation.from_arrays(HOSTILE[case], 3, 40)
+
+
+def test_calibration_may_be_withheld_whole() -> None:
+    arrays = changed("calibration", lambda value: value * 0)
+    assert not LabelwiseEvaluation.from_arrays(arrays, 3, 40).arrays()["calibration"].any()
 
 
 def test_no_label_can_be_annotated_in_more_examples_than_there_are() -> None:

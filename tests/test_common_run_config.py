@@ -27,17 +27,25 @@ OTHER: dict[str, dict[str, Any]] = {
     },
     "model": {
         "backbone": "resnet18", "weights": "none", "trainable": "stages:2", "features": "last", "init": "zero",
-        "ridge": (1.0,), "dropout": 0.5, "trunk_sha256": "0" * 64,
+        "scaling": "stages", "ridge": (1.0,), "dropout": 0.5, "trunk_sha256": "0" * 64,
     },
     "training": {
         "strategy": "fedprox:0.1", "rounds": 3, "local_epochs": 2, "local_steps": 7, "batch_size": 8,
         "draw": "patients", "optimizer": "sgd", "lr": 0.5, "weight_decay": 0.1, "schedule": "constant", "warmup": 0.1,
-        "class_weights": "none", "server_lr": 0.1, "server_momentum": 0.5,
+        "class_weights": "none", "server_lr": 0.1, "server_momentum": 0.5, "momentum": 0.5, "averaging": 0.5,
     },
-    "privacy": {},
+    "privacy": {
+        "epsilon": 3.0, "noise_multiplier": 1.1, "delta": 1e-5, "clip": 0.5, "centre": False,
+        "histogram_epsilon": 0.5, "run": "0a" * 16,
+    },
+    "evaluation": {"metrics": ("confusion", "histograms")},
     "sites": {"names": ("north", "south"), "quorum": 1, "deadline_s": 5.0, "patience_s": 7.0, "max_norm": 3.0},
     "wire": {"dtype": "bfloat16"},
 }  # fmt: skip
+# Values without which another makes no sense.
+NEEDED: dict[tuple[str, str], dict[str, Any]] = {
+    ("privacy", key): {"noise_multiplier": 2.0} for key in ("delta", "clip", "histogram_epsilon")
+}
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 law = settings(deadline=None, max_examples=60)
 
@@ -70,6 +78,11 @@ def runs(draw: st.DrawFn) -> RunConfig:
         values[section][key] = value
     if "local_epochs" in values["training"]:
         values["training"].pop("local_steps", None)
+    if "epsilon" in values["privacy"]:
+        values["privacy"].pop("noise_multiplier", None)
+    for section, key in NEEDED:
+        if not values["privacy"].keys() & {"epsilon", "noise_multiplier"}:
+            values[section].pop(key, None)
     values["task"] = {**values["task"], "labels": draw(st.lists(text, max_size=3)), "name": draw(text)}
     values["training"]["lr"] = draw(st.floats(1e-300, 100))
     simulation = draw(st.none() | st.builds(Simulation, dataset=text, data_root=text, sites=st.integers(1, 9)))
@@ -101,9 +114,10 @@ def test_the_table_of_other_values_names_every_agreed_field() -> None:
 
 @pytest.mark.parametrize(("section", "key", "value"), list(other_fields()), ids=lambda value: str(value)[:20])
 def test_the_fingerprint_changes_with_every_agreed_field(section: str, key: str, value: Any) -> None:
-    run = build({section: {key: value}}, "run.toml")
-    assert run != RunConfig()
-    assert run.fingerprint() != RunConfig().fingerprint()
+    needed = NEEDED.get((section, key), {})
+    plain, run = build({section: needed}, "run.toml"), build({section: {**needed, key: value}}, "run.toml")
+    assert run != plain
+    assert run.fingerprint() != plain.fingerprint()
     assert RunConfig.from_toml(run.to_toml()).fingerprint() == run.fingerprint()
 
 
@@ -161,11 +175,46 @@ def test_the_wire_types_and_strategies_are_those_documented() -> None:
         ({"simulation": {"site": 3}}, "[simulation] site: unknown key (did you mean 'sites'?)"),
         ({"model": {"backbon": "x"}}, "[model] backbon: unknown key (did you mean 'backbone'?)"),
         ({"wire": {"zzz": 1}}, "[wire] zzz: unknown key, expected one of dtype"),
-        ({"privacy": {"epsilon": 3}}, "[privacy] epsilon: unknown key, expected none in this section"),
+        ({"privacy": {"epsilno": 3}}, "[privacy] epsilno: unknown key (did you mean 'epsilon'?)"),
     ],
 )
 def test_an_unknown_key_is_named_with_its_section_and_the_nearest(values: dict[str, Any], expected: str) -> None:
     assert message(values) == expected
+
+
+@pytest.mark.parametrize(
+    ("privacy", "expected"),
+    [
+        ({"epsilon": 3.0, "noise_multiplier": 1.0}, "epsilon and noise_multiplier exclude each other: give one"),
+        ({"delta": 1e-5}, "delta without epsilon or noise_multiplier: give one of these with it"),
+        ({"clip": 1.0}, "clip without epsilon or noise_multiplier: give one of these with it"),
+        (
+            {"histogram_epsilon": 1.0},
+            "histogram_epsilon without epsilon or noise_multiplier: give one of these with it",
+        ),
+        ({"epsilon": 0.0}, "got 0.0, input should be greater than 0"),
+        ({"epsilon": 1000.5}, "got 1000.5, input should be less than or equal to 1000"),
+        ({"epsilon": float("nan")}, "got nan, input should be greater than 0"),
+        ({"epsilon": 1.0, "delta": 1.0}, "got 1.0, input should be less than 1"),
+        ({"epsilon": 1.0, "delta": 0.0}, "got 0.0, input should be greater than 0"),
+        ({"noise_multiplier": 0.0}, "got 0.0, input should be greater than 0"),
+        ({"epsilon": 1.0, "clip": 0.0}, "got 0.0, input should be greater than 0"),
+        ({"epsilon": 1.0, "run": "xyz"}, "got 'xyz'"),
+    ],
+)
+def test_privacy_that_makes_no_sense(privacy: dict[str, Any], expected: str) -> None:
+    assert expected in message({"privacy": privacy})
+
+
+def test_a_run_is_private_with_an_epsilon_or_with_noise() -> None:
+    assert build({"privacy": {"epsilon": 3.0}}, "x").privacy.on
+    assert build({"privacy": {"noise_multiplier": 3.0}}, "x").privacy.on
+    assert not RunConfig().privacy.on
+
+
+def test_rounds_cannot_do_without_confusion_and_histograms() -> None:
+    assert "expected histograms among them" in message({"evaluation": {"metrics": ["confusion", "losses"]}})
+    assert "got none, expected confusion" in message({"evaluation": {"metrics": []}})
 
 
 @pytest.mark.parametrize(

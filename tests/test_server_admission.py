@@ -10,9 +10,22 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from client import noisy_counts
+from client.noise import Noise
 from common import analytic, codec, metrics, multilabel
-from common.messages import Evaluated, Statistics, Summed, Trained
-from server.admission import REASONS, Expectation, Rejected, admit_evaluation, admit_sums, admit_update
+from common.messages import Description, Evaluated, PrivateStatistics, PrivateSums, Statistics, Summed, Trained
+from common.run_config import RunConfig
+from server.admission import (
+    REASONS,
+    Declared,
+    Expectation,
+    Rejected,
+    admissible,
+    admit_evaluation,
+    admit_private_sums,
+    admit_sums,
+    admit_update,
+)
 from server.evaluation import first_edges
 
 SHAPES = {"body": (2, 3), "head": (2,)}
@@ -39,7 +52,7 @@ def trained(values=None, wire="float32", **changes):
 
 
 def expectation(wire="float32", max_norm=None):
-    return Expectation(SHAPES, wire, SUPPORT, max_norm)
+    return Expectation(SHAPES, wire, int(SUPPORT[0].sum()), max_norm)
 
 
 def rejects(reason, reply, expected):
@@ -49,9 +62,17 @@ def rejects(reason, reply, expected):
     assert str(caught.value) == reason
 
 
-def rejects_evaluation(reply, support=SUPPORT[1], bins=BINS):
+def edges_of(bins=BINS):
+    return np.zeros((1, bins - 1))
+
+
+def admitted(reply, support=SUPPORT[1], bins=BINS, exact=True):
+    return admit_evaluation(reply, Declared(support, exact, calibrated=exact), edges_of(bins))
+
+
+def rejects_evaluation(reply, support=SUPPORT[1], bins=BINS, exact=True):
     with pytest.raises(Rejected) as caught:
-        admit_evaluation(reply, support, bins)
+        admitted(reply, support, bins, exact)
     assert str(caught.value) == "bad_statistics"
 
 
@@ -160,15 +181,13 @@ def test_admitted_statistics_are_what_was_sent(case):
     labels, counts, seed = case
     support = np.array(counts)
     sent = evaluation(support, labels, seed)
-    found = admit_evaluation(Evaluated(**sent), support, BINS)
+    found = admitted(Evaluated(**sent), support)
     for name, value in found.arrays().items():
         assert np.array_equal(value, sent[name])
 
 
 def test_both_kinds_of_reply_carry_statistics():
-    assert admit_evaluation(trained(), SUPPORT[1], BINS) == admit_evaluation(
-        Evaluated(**evaluation()), SUPPORT[1], BINS
-    )
+    assert admitted(trained()) == admitted(Evaluated(**evaluation()))
 
 
 @pytest.mark.parametrize("name", ["confusion", "positives", "negatives"])
@@ -229,8 +248,141 @@ def test_moving_one_example_to_another_label_is_noticed(name, data):
 
 def test_an_empty_split_has_empty_statistics():
     nothing = np.array([0, 0])
-    assert admit_evaluation(Evaluated(**evaluation(nothing)), nothing, BINS).examples == 0
+    assert admitted(Evaluated(**evaluation(nothing)), nothing).examples == 0
     rejects_evaluation(Evaluated(**evaluation()), nothing)
+
+
+# ------------------------------------------------------------------------------------------------ noisy statistics
+
+
+def hidden(support=SUPPORT[1], labels=2, seed=0):
+    """Statistics under Laplace noise, as a site makes them."""
+    exact = metrics.Evaluation.from_arrays(evaluation(support, labels, seed))
+    return noisy_counts.noisy(exact, 1.0, 2, Noise()).arrays()
+
+
+@given(st.integers(0, 99))
+def test_noisy_statistics_need_not_agree_with_anything_declared(seed):
+    sent = hidden(seed=seed)
+    found = admitted(Evaluated(**sent), np.array([0, 0]), exact=False)
+    for name, value in found.arrays().items():
+        assert np.array_equal(value, sent[name])
+
+
+def test_calibration_is_withheld_only_where_the_run_does_not_ask_for_it():
+    for sent, support in ((evaluation(), SUPPORT[1]), (labelwise(), TRAIN_STATES)):
+        without = Evaluated(**{**sent, "calibration": np.zeros_like(sent["calibration"])})
+        rejects_evaluation(without, support)
+        found = admit_evaluation(without, Declared(support, calibrated=False), edges_of())
+        assert not found.arrays()["calibration"].any()
+
+
+@given(st.sampled_from(["confusion", "positives", "negatives"]), st.integers(-9, 9))
+def test_totals_of_noisy_statistics_agree(name, change):
+    assume(change)
+    sent = hidden()
+    counts = sent[name].copy()
+    counts[0, 0] += change
+    rejects_evaluation(Evaluated(**{**sent, name: counts}), exact=False)
+
+
+@pytest.mark.parametrize("name", metrics.FIELDS)
+def test_noisy_statistics_of_another_type_or_shape_are_refused(name):
+    for sent, support in ((hidden(), SUPPORT[1]), (hidden_labelwise(), TRAIN_STATES)):
+        other = np.float32 if sent[name].dtype == np.float64 else np.float64
+        value = sent[name]
+        endless = np.full(value.shape, np.inf)
+        for wrong in (value.astype(other), value.ravel()[:-1], value[None], np.zeros((0, 0), np.int64), endless):
+            rejects_evaluation(Evaluated(**{**sent, name: wrong}), support, exact=False)
+
+
+def hidden_labelwise():
+    exact = multilabel.LabelwiseEvaluation.from_arrays(labelwise(), 3, 12)
+    return noisy_counts.noisy(exact, 1.0, 2, Noise()).arrays()
+
+
+def test_noisy_statistics_of_several_labels_are_admitted():
+    sent = hidden_labelwise()
+    found = admitted(Evaluated(**sent), np.zeros_like(TRAIN_STATES), exact=False)
+    assert all(np.array_equal(value, sent[name]) for name, value in found.arrays().items())
+    rejects_evaluation(Evaluated(**sent), SUPPORT[1], exact=False)
+
+
+# ---------------------------------------------------------------------------------------- what a site says of itself
+
+EXACT = RunConfig.model_validate({"task": {"labels": ("a", "b")}})
+PRIVATE = RunConfig.model_validate({"task": {"labels": ("a", "b")}, "privacy": {"epsilon": 3.0}})
+UNTOLD = SUPPORT * np.array([[0], [1], [1]])
+
+
+def described(**changes):
+    values = {"examples": 12, "unit": "patient", "delta": 1e-3, "epsilon": 3.0, "noise_multiplier": 2.0}
+    return Description("x", UNTOLD, "", **{**values, "sampling_rate": 0.5, "steps": 30, **changes})
+
+
+def test_a_site_needs_something_to_train_on():
+    assert admissible(Description("x", SUPPORT, ""), EXACT)
+    assert not admissible(Description("x", UNTOLD, ""), EXACT)
+    assert not admissible(Description("x", SUPPORT.astype(float), ""), EXACT)
+
+
+def test_a_site_of_a_private_run_tells_its_size_and_its_plan_and_no_training_labels():
+    assert admissible(described(), PRIVATE)
+    assert not admissible(replace(described(), support=SUPPORT), PRIVATE)
+    assert not admissible(described(examples=0), PRIVATE)
+    assert not admissible(described(examples=2**41), PRIVATE)
+    assert not admissible(described(epsilon=3.1), PRIVATE)
+    assert not admissible(Description("x", UNTOLD, ""), PRIVATE)
+
+
+# ------------------------------------------------------------------------------------------------------- noisy sums
+
+CLOSED, CENTRE = PrivateStatistics("", gram=True), PrivateStatistics("", gram=False)
+
+
+def sums(**changes):
+    """The reply to a request for the closed form of four inputs and two labels."""
+    values = {"total": np.zeros(0), "gram": np.ones(15), "cross": -np.ones((5, 2))}
+    return PrivateSums(**{**values, "noise_multiplier": 2.0, "epsilon": 1.0, "steps": 1, **changes})
+
+
+def test_noisy_sums_are_taken_as_they_are():
+    found = admit_private_sums(sums(), CLOSED, 4, 2)
+    assert (found.gram.tolist(), found.cross.tolist()) == ([1.0] * 15, [[-1.0, -1.0]] * 5)
+    total = sums(total=np.ones(4), gram=np.zeros(0), cross=np.zeros((0, 0)))
+    assert admit_private_sums(total, CENTRE, 4, 2).total.tolist() == [1.0] * 4
+    for reply, request in ((total, CLOSED), (sums(), CENTRE)):
+        with pytest.raises(Rejected, match="bad_statistics"):
+            admit_private_sums(reply, request, 4, 2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gram": np.full(15, np.nan)},
+        {"gram": np.full(15, 1e300)},
+        {"gram": np.ones(14)},
+        {"cross": np.full((5, 2), -np.inf)},
+        {"cross": np.ones((5, 3))},
+        {"cross": np.ones(10)},
+        {"noise_multiplier": 0.0},
+        {"noise_multiplier": -1.0},
+        {"noise_multiplier": float("nan")},
+        {"noise_multiplier": float("inf")},
+        {"epsilon": -1.0},
+        {"epsilon": float("nan")},
+        {"steps": -1},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_noisy_sums_that_cannot_be_are_refused(changes):
+    with pytest.raises(Rejected, match="bad_statistics"):
+        admit_private_sums(sums(**changes), CLOSED, 4, 2)
+
+
+@pytest.mark.parametrize("epsilon", [float("nan"), float("inf")])
+def test_an_epsilon_that_is_not_finite_is_refused(epsilon):
+    rejects("not_finite", trained(epsilon=epsilon), expectation())
 
 
 # ---------------------------------------------------------------------------------------- several labels an image
@@ -254,7 +406,7 @@ def labelwise(states=TRAIN_STATES, seed=0):
 
 
 def test_statistics_of_several_labels_are_taken_as_they_are():
-    found = admit_evaluation(Evaluated(**labelwise()), TRAIN_STATES, BINS)
+    found = admitted(Evaluated(**labelwise()), TRAIN_STATES)
     assert found.examples == 12
     assert found.support.tolist() == TRAIN_STATES[:2].tolist()
     for name, value in labelwise().items():
@@ -294,7 +446,7 @@ def test_statistics_of_one_kind_are_not_those_of_the_other():
 
 
 def test_an_update_is_of_the_declared_examples_of_several_labels():
-    expected = Expectation(SHAPES, "float32", np.stack([TRAIN_STATES, TRAIN_STATES, TRAIN_STATES]))
+    expected = Expectation(SHAPES, "float32", int(TRAIN_STATES[:, 0].sum()))
     admit_update(trained(num_examples=12), expected)
     rejects("examples_differ", trained(num_examples=11), expected)
     rejects("examples_differ", trained(num_examples=36), expected)

@@ -390,7 +390,7 @@ def test_which_of_two_rounds_wins(examples, auc, best_examples, best_score, wins
         edges=edges,
     )
     assert measured.summary(LABELS)["auc"] == auc
-    assert _competes(state, measured, LABELS) is wins
+    assert _competes(state, measured, LABELS, measured.pooled.examples) is wins
 
 
 @pytest.mark.slow

@@ -239,8 +239,29 @@ def crowd() -> dict[str, Any]:
 
 def private() -> dict[str, Any]:
     spent = {"epsilon": 2.9871, "delta": 1e-5, "noise_multiplier": 1.1, "sampling_rate": 0.05, "steps": 240}
+    spent["planned_epsilon"] = 3.0
     result = sample(rounds=5)
-    return {**result, "privacy": {"unit": "patient", "sites": dict.fromkeys(result["sites"], spent)}}
+    outside = ["Sizes are known <b>to the coordinator</b>."]
+    return {
+        **result,
+        "privacy": {"unit": "patient", "outside": outside, "sites": dict.fromkeys(result["sites"], spent)},
+    }
+
+
+def swept() -> dict[str, Any]:
+    """The result of several epsilons, one of which a site could not take."""
+    points = [
+        {
+            "epsilon": epsilon,
+            "folder": "none" if epsilon is None else f"epsilon-{epsilon:g}",
+            "status": "completed",
+            "federated": {"auc": auc, "auc_ci95": None if auc is None else [auc - 0.02, auc + 0.02], "accuracy": auc},
+            "pooled": {"auc": 0.96, "auc_ci95": None, "accuracy": 0.9},
+            "local": {"a": 0.8, "b": None, "c": 0.9},
+        }
+        for epsilon, auc in ((8.0, 0.93), (None, 0.95), (1.0, None), (3.0, 0.9))
+    ]
+    return {**private(), "sweep": points}
 
 
 SAMPLES = {
@@ -252,6 +273,7 @@ SAMPLES = {
     "unpretrained": unpretrained,
     "crowd": crowd,
     "private": private,
+    "swept": swept,
     "many labels": lambda: sample(labels=[f"finding {k}" for k in range(20)], test_images=3000, rounds=3),
     "three labels": lambda: sample(labels=("a", "b", "c"), rounds=200),
     "one site": lambda: sample(("alone",), rounds=1),
@@ -459,8 +481,8 @@ def test_the_configuration_is_printed_in_full() -> None:
 
 def test_privacy_is_shown_as_spent() -> None:
     text = read(private()).text
-    assert "One unit is one patient. The largest ε of a site is 2.987." in text
-    assert "berlin 2.9871 1e-05 1.1 0.05 240" in text
+    assert "One unit is one patient. The largest ε of a site is 2.988: sites have patients of their own" in text
+    assert "berlin 2.988 3.000 1e-05 1.1 0.05 240" in text
 
 
 def test_write_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -107,15 +107,6 @@ def test_images_left_out_are_counted_by_reason() -> None:
     ]
 
 
-def test_privacy_is_shown_as_spent() -> None:
-    spent = {"epsilon": 2.9871, "delta": 1e-5, "noise_multiplier": 1.1, "sampling_rate": 0.05, "steps": 240}
-    privacy = tables.privacy(run(privacy={"unit": "patient", "sites": {"s10": spent, "s2": None}}))
-    assert privacy is not None
-    assert (privacy.unit, privacy.largest) == ("patient", "2.987")
-    assert privacy.rows == [("s2", ["–"] * 5), ("s10", ["2.9871", "1e-05", "1.1", "0.05", "240"])]
-    assert tables.privacy(run()) is None
-
-
 def test_the_configuration_is_shown_in_full() -> None:
     config = {
         "training": {"lr": 0.003, "local_steps": None, "deterministic": True},

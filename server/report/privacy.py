@@ -37,7 +37,8 @@ def spent(run: Run) -> Privacy | None:
     ]
     known = [value for figures in sites.values() if (value := (figures or {}).get("epsilon")) is not None]
     whole = run.section("privacy")
-    return Privacy(whole.get("unit") or DASH, fixed(max(known, default=None)), rows, list(whole.get("outside") or ()))
+    largest = _figure("epsilon", max(known, default=None))
+    return Privacy(whole.get("unit") or DASH, largest, rows, list(whole.get("outside") or ()))
 
 
 def _figure(key: str, value: Any) -> str:
