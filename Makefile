@@ -37,8 +37,10 @@ format: install ## write the format and the lint fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## figures beside plain Flower (BENCH="--dataset FILE.npz" for other data), intake of files, 20,000 damaged ones, the wire
+bench: install ## figures beside plain Flower (BENCH="--dataset FILE.npz" for other data), privacy, intake of files, the wire
 	$(BIN)/python -P -m simulations.compare $(BENCH)
+	$(BIN)/python -P -m simulations.privacy_utility $(BENCH)
+	$(BIN)/python -P -m simulations.privacy_bench
 	$(BIN)/python -P -m simulations.intake_bench
 	$(BIN)/python -P -m simulations.fuzz
 	$(BIN)/python -P -m simulations.wire_bench

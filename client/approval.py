@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from client import audit
 from client.site_config import SiteConfig
 from common.errors import ConsiliumError, UsageError
 from common.files import write_atomic
@@ -181,6 +182,7 @@ def _decide(config: SiteConfig, prefix: str, who: str, approve: bool) -> Said:
         path = _pending(config) / f"{fingerprint}.json"
         asked = _asked(path) or (last.asked if last else {})
         said = Said(fingerprint, approve, _now(), who, asked)
+        audit.append(config.audit, "approved" if approve else "rejected", {"fingerprint": fingerprint})
         _keep(config, (*before, said))
         path.unlink(missing_ok=True)
     return said

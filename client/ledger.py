@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -468,7 +468,17 @@ def _told(run: RunSpent, delta: float | None) -> dict[str, Any]:
         "lost": run.lost,
         **_cost(run.releases, delta if run.delta is None else run.delta),
         "steps": sum(release.steps for release in run.releases),
+        "planned": _plan(run.plan),
     }
+
+
+def _plan(plan: Plan | None) -> dict[str, Any] | None:
+    """Return what a run will take at most, which stands here before it starts."""
+    if plan is None:
+        return None
+    releases = [asdict(release) for release in plan.releases]
+    cost = privacy.epsilon(plan.releases, plan.delta)
+    return {"epsilon": cost, "patients": plan.patients, "unit": plan.unit, "releases": releases}
 
 
 def _cost(releases: Sequence[Release], delta: float | None) -> dict[str, float | None]:

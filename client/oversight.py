@@ -189,6 +189,7 @@ def release(config: SiteConfig, sha256: str) -> dict[str, Any]:
     if len(named) > 1:
         known = ", ".join(letter.sha256[:16] for letter in named)
         raise UsageError(f"--release: {len(named)} replies are held ({known}); name the one by its SHA-256")
+    audit.append(config.audit, "released", {"sha256": named[0].sha256})
     try:
         box(config).release(named[0].ticket)
     except OSError as error:

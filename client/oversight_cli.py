@@ -357,12 +357,13 @@ def _tensor(one: Mapping[str, Any]) -> tuple[str, ...]:
 def _show_ledger(statement: Mapping[str, Any]) -> None:
     if not statement["runs"]:
         click.echo("No run with differential privacy has drawn on these patients.")
-    numbers = ("rounds", "lost", "steps", "epsilon", "delta")
+    numbers = ("rounds", "lost", "steps", "epsilon", "epsilon_prv", "delta")
     rows = [
-        (one["run"][:12], str(one["first"]), str(one["last"]), *(_figure(one[name]) for name in numbers))
+        (one["run"][:12], one["last"], *(_figure(one[name]) for name in numbers), _planned(one["planned"]))
         for one in statement["runs"]
     ]
-    _rows("Privacy spent, run by run", ("run", "first", "last", *numbers), rows, "lllrrrrr")
+    columns = ("run", "last", "rounds", "lost", "steps", "epsilon", "PRV", "delta", "planned")
+    _rows("Privacy spent, run by run", columns, rows, "llrrrrrrl")
     total, budget = statement["total"], statement["budget"]
     if statement["runs"]:
         click.echo(f"All runs together: epsilon {_figure(total['epsilon'])} at delta {_figure(total['delta'])}.")
@@ -371,7 +372,19 @@ def _show_ledger(statement: Mapping[str, Any]) -> None:
     else:
         left = _figure(statement["left"])
         click.echo(f"This hospital allows epsilon {_figure(budget['max_epsilon'])}; left {left}.")
+    for split, cost in statement["evaluation"].items():
+        click.echo(f"Noisy looks at {split} patients, who are others: epsilon {_figure(cost)}.")
+    number, head = statement["entries"], statement["sha256"]
+    click.echo(f"Entry {number}, the last: {head} - noted elsewhere, it shows later that none was taken away.")
     click.echo("The smaller epsilon, the less anybody can learn of one patient from all that left.")
+
+
+def _planned(plan: Mapping[str, Any] | None) -> str:
+    """Return what a run takes at most, and with which noise."""
+    if plan is None:
+        return "not said"
+    noise = ", ".join(f"{one['noise_multiplier']:.3g} x {one['steps']}" for one in plan["releases"])
+    return f"{_figure(plan['epsilon'])} (noise {noise})"
 
 
 def _figure(value: Any) -> str:

@@ -3,10 +3,16 @@
     ConsiliumError                exit code 1: the command failed
     ├── UsageError                exit code 2: an option, a file or a folder that was named cannot be used
     │   ├── ConfigError           a configuration value
+    │   │   ├── NoNoise           a target of privacy that no noise reaches
+    │   │   └── DeltaTooLarge     a delta above 1 / patients
     │   └── DataError             a data set: its layout, labels or splits
     ├── WeightsUnavailable        pretrained weights that cannot be had
     ├── CacheError                a cache that cannot be written or holds values it must not
     ├── CheckpointError           saved state that is missing, foreign or damaged
+    ├── NotPrivate                a model whose gradients cannot be told apart by patient
+    ├── LedgerError               the ledger of spent privacy cannot be used
+    │   ├── CohortChanged         a run comes back with other patients than it was planned for
+    │   └── BudgetExceeded        a run would take more than the hospital allows
     ├── QuorumLost                fewer usable replies than the run asked for
     └── SiteRefusal               a site answers a request with a code of the closed list, never with text
 

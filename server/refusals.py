@@ -19,7 +19,7 @@ WORDS: Mapping[str, str] = {
     "its site.toml agree",
     "version_differs": "it runs another version of consilium; install the same version at both ends",
     "policy": "its own policy does not allow the run; its log says which limit: change the run, or ask the hospital",
-    "approval": "somebody there has to approve the run first: ask the hospital to look at `consilium site approve`",
+    "approval": "somebody there has to approve the run first; ask the hospital to look at `consilium site approve`",
     "not_private": "its upper cannot be trained with differential privacy; train the head alone (--trainable head)",
     "target": "no noise reaches the run's epsilon with as few patients as it has, or [privacy] delta is above 1 in its "
     "patients; raise epsilon, leave delta out, or leave the site out",

@@ -13,6 +13,9 @@ from common.privacy import NoNoise, noise_multiplier
 
 UNITS = ("patient", "image")
 
+_MOST_NOISE, _LEAST_RATE, _MOST_STEPS = 1e6, 2.0**-40, 10**12
+"""What no plan goes beyond; what follows from plans stays finite within."""
+
 EXACT = {
     "size": "The number of training patients of each site is known to the coordinator, for it weighs the updates"
     "{rounded}.",
@@ -58,7 +61,7 @@ class Spent:
 
     def after(self, reply: Trained | PrivateSums) -> Spent:
         """Return it after a reply, which says what has been spent by now; no site can take anything back."""
-        steps = min(max(self.steps, reply.steps), 2**53)
+        steps = min(max(self.steps, reply.steps), _MOST_STEPS)
         return replace(self, epsilon=max(self.epsilon, reply.epsilon), steps=steps)
 
 
@@ -72,9 +75,10 @@ def plausible(said: Description, epsilon: float | None) -> bool:
     numbers = (said.delta, said.epsilon, said.spent, said.noise_multiplier, said.sampling_rate)
     if said.unit not in UNITS or not all(math.isfinite(number) for number in numbers):
         return False
-    positive = said.noise_multiplier > 0 and said.epsilon > 0 and said.spent >= 0 and said.steps_done >= 0
-    rates = 0 < said.delta < 1 and 0 < said.sampling_rate <= 1
-    return positive and rates and said.steps > 0 and (epsilon is None or said.epsilon <= epsilon * (1 + 1e-9))
+    noise = 0 < said.noise_multiplier <= _MOST_NOISE and _LEAST_RATE <= said.sampling_rate <= 1
+    steps = 0 < said.steps <= _MOST_STEPS and 0 <= said.steps_done <= _MOST_STEPS
+    costs = 0 < said.delta < 1 and said.epsilon > 0 and said.spent >= 0
+    return noise and steps and costs and (epsilon is None or said.epsilon <= epsilon * (1 + 1e-9))
 
 
 def _told(one: Spent) -> dict[str, Any]:

@@ -48,7 +48,6 @@ from common.files import write_json
 from common.run_config import Training
 
 BATCH, PATIENTS, LABELS, HEAD_INPUTS = 64, 1024, 3, 704
-THREADS = 2
 TURNS = 7
 """Pairs of a plain and a private round."""
 
@@ -160,6 +159,7 @@ class Work:
             optimizer.zero_grad()
             self._losses(module, index).mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+        module.remove_hooks()
 
     def _ghost(self, steps: int) -> None:
         inner = self._ready()
@@ -175,6 +175,7 @@ class Work:
             (module.get_clipping_coef() * losses).sum().backward()
             module.enable_hooks()
             optimizer.step()
+        module.remove_hooks()
 
     def _losses(self, module: nn.Module, index: Tensor) -> Tensor:
         rows = self.features.batch(torch.zeros_like(index), index)
@@ -226,24 +227,24 @@ def _take_peak() -> float:
     return int(lines["VmHWM"].split()[0]) / 1000
 
 
-def in_child(case: Case, kind: str, most_s: float) -> Any:
-    """Return what a process of its own measures, None where it takes longer or fails."""
+def in_child(case: Case, kind: str, threads: int, most_s: float) -> Any:
+    """Return what a process of its own measures, None where it takes longer, nothing where it fails."""
     context = get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(case, kind, sending))
+    process = context.Process(target=_child, args=(case, kind, threads, sending))
     process.start()
     sending.close()
     try:
         return receiving.recv() if receiving.poll(most_s) else None
     except EOFError:
-        return None
+        return {}
     finally:
         process.kill()
         process.join()
 
 
-def _child(case: Case, kind: str, answer: Connection) -> None:
-    torch.set_num_threads(THREADS)
+def _child(case: Case, kind: str, threads: int, answer: Connection) -> None:
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="consilium-privacy-") as name:
         work = Work.of(case, Path(name))
         answer.send(paired(work) if kind == "pairs" else alone(work, kind))
@@ -259,27 +260,29 @@ class Cost:
     ratio: float  # of the medians
     plain_mb: float
     ours_mb: float
-    stock: dict[str, dict[str, float] | None]  # milliseconds and MB; None: longer than `STOCK_S`, or not at all
+    stock: dict[
+        str, dict[str, float] | None
+    ]  # milliseconds and MB; none if it fails, None if it takes longer than `STOCK_S`
     met: bool
 
 
-def cost(case: Case, *, stock: bool) -> Cost:
+def cost(case: Case, threads: int, *, stock: bool) -> Cost:
     """Measure one case."""
-    pairs = in_child(case, "pairs", 300)
+    pairs = in_child(case, "pairs", threads, 300)
     plain, ours = (statistics.median(pairs[kind]) * 1e3 for kind in ("plain", "ours"))
-    memory = {kind: in_child(case, kind, 120)["mb"] for kind in ("plain", "ours")}
+    memory = {kind: in_child(case, kind, threads, 120)["mb"] for kind in ("plain", "ours")}
     most = MOST_TIME["deep" if case.backbone else "head"]
     met = ours <= most * plain and (bool(case.backbone) or ours <= MOST_HEAD_MS)
     met = met and memory["ours"] <= max(MOST_MEMORY * memory["plain"], 10)  # a head's few MB are those of the allocator
-    theirs = {kind: in_child(case, kind, STOCK_S) for kind in STOCK} if stock else {}
+    theirs = {kind: in_child(case, kind, threads, STOCK_S) for kind in STOCK} if stock else {}
     found = {kind: one and {"ms": one["seconds"] * 1e3, "mb": one["mb"]} for kind, one in theirs.items()}
     return Cost(case.name, plain, ours, ours / plain, memory["plain"], memory["ours"], found, met)
 
 
-def show(costs: list[Cost], console: Console) -> None:
+def show(costs: list[Cost], threads: int, console: Console) -> None:
     """Print the table."""
     cores = len(os.sched_getaffinity(0))
-    table = Table(title=f"batch {BATCH}, {THREADS} threads of {cores} cores, load {os.getloadavg()[0]:.1f}")
+    table = Table(title=f"batch {BATCH}, {threads} threads, {cores} cores, load {os.getloadavg()[0]:.1f}")
     for column in ("", "plain", "ours", "times plain", "times its memory", *STOCK, "aims"):
         table.add_column(column)
     for one in costs:
@@ -294,19 +297,22 @@ def _stock_cell(one: Cost, kind: str) -> str:
     if kind not in one.stock:
         return "-"
     found = one.stock[kind]
-    return f"over {STOCK_S:.0f} s" if found is None else f"{found['ms']:.0f} ms, {found['mb']:.0f} MB"
+    if not found:
+        return "fails" if found is not None else f"over {STOCK_S:.0f} s"
+    return f"{found['ms']:.0f} ms, {found['mb']:.0f} MB"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--image-size", multiple=True, type=int, default=(128,), metavar="PIXELS", help="Repeatable [128].")
+@click.option("--threads", type=int, default=2, metavar="N", help="Of torch; 1 where others use the machine [2].")
 @click.option("--stock/--no-stock", default=True, help="Whether to run Opacus as it comes as well [yes].")
 @click.option("--json", "as_json", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures here.")
-def main(image_size: tuple[int, ...], stock: bool, as_json: Path | None) -> None:
+def main(image_size: tuple[int, ...], threads: int, stock: bool, as_json: Path | None) -> None:
     """Measure private steps beside plain ones; about three minutes for each image size."""
     backbones = ("resnet18", "mobilenetv2_100", "tf_efficientnet_lite0")
     cases = [Case(), *(Case(name, size) for size in image_size for name in backbones)]
-    costs = [cost(case, stock=stock) for case in cases]
-    show(costs, Console())
+    costs = [cost(case, threads, stock=stock) for case in cases]
+    show(costs, threads, Console())
     if as_json is not None:
         write_json(as_json, {"load": os.getloadavg()[0], "costs": [asdict(one) for one in costs]})
 

@@ -204,10 +204,13 @@ def test_without_noise_the_total_is_left() -> None:
 
 
 @pytest.mark.slow
-def test_noise_for_the_last_stage_of_a_resnet18_takes_less_than_a_quarter_second() -> None:
-    noise, seconds = Noise(), []
+def test_noise_for_the_last_stage_of_a_resnet18_takes_less_than_half_a_second_of_one_core() -> None:
+    """Measured on two free cores: 0.1 s. Time of the processor, for other work may hold it."""
+    noise, seconds, before = Noise(), [], torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = time.process_time()
         noise.normal((8_400_000,), 1.0)
-        seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 0.25
+        seconds.append(time.process_time() - begin)
+    torch.set_num_threads(before)
+    assert min(seconds) < 0.5, seconds

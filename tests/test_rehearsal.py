@@ -190,7 +190,7 @@ def test_ended_and_killed_it_leaves_no_process_and_goes_on(tmp_path: Path, scrat
 NOT_HERE = {
     "a fault": ["--fault", "drop:site-1@1"],
     "Ray": ["--backend", "ray"],
-    "privacy": ["--epsilon", "3"],
+    "a delta without privacy": ["--delta", "0.001"],
 }
 
 

@@ -12,7 +12,7 @@ from client.app import make_app
 from client.workshop import Workshop
 from common import codec, metrics, model
 from common.errors import ConfigError, ConsiliumError, DataError, QuorumLost
-from common.messages import REQUEST_OF, Description, Summed, Trained, count_bytes
+from common.messages import REQUEST_OF, Description, PrivateSums, Summed, Trained, count_bytes
 from server.company import Cast
 from server.coordinator import Coordinator, _competes
 from server.evaluation import Measured, first_edges
@@ -23,6 +23,14 @@ from simulations.hospitals import open_in_process
 
 SITES = ("north", "south", "west")
 LABELS = ("dark", "bright")
+PRIVATE = {
+    "model": {"scaling": "stages", "init": "zero"},
+    "training": {
+        "local_epochs": None, "local_steps": 1, "batch_size": 65_536, "draw": "patients", "optimizer": "sgd",
+        "schedule": "constant", "class_weights": "none", "lr": None,
+    },
+    "privacy": {"epsilon": 8.0, "run": "0a" * 16},
+}  # fmt: skip
 WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -233,11 +241,13 @@ def test_the_trunk_travels_once_to_each_site_and_rounds_carry_the_upper_alone(la
         assert 0 < entry["evaluation_bytes_up"] < 15_000
 
 
-def test_only_the_closed_list_of_messages_is_sent_and_all_carry_the_fingerprint(lab):
-    start = lab.start()
+@pytest.mark.parametrize("private", [False, True])
+def test_only_the_closed_list_of_messages_is_sent_and_all_carry_the_fingerprint(lab, private):
+    start = lab.start(**(PRIVATE if private else {}))
     grid = lab.grid(start, kind=lab.grids.Recording)
     lab.execute(start, grid)
-    assert {message.metadata.message_type for message in grid.sent} == set(REQUEST_OF) - {"query.collect"}
+    needless = {"query.collect", "query.statistics" if private else "query.private_statistics"}
+    assert {message.metadata.message_type for message in grid.sent} == set(REQUEST_OF) - needless
     for message in grid.sent:
         if message.metadata.message_type != "query.describe":
             assert message.content["facts"]["fingerprint"] == start.run.fingerprint()
@@ -736,3 +746,131 @@ def test_the_sites_are_told_how_a_run_ended(lab, monkeypatch, ended, word):
         lab.execute(start, grid)
     told = [m.content["facts"]["status"] for m in grid.sent if m.metadata.message_type == "query.finish"]
     assert told == [word] * 3
+
+
+# ------------------------------------------------------------------------------------------------- private runs
+
+
+def private(lab, folder=None, **sections):
+    return lab.start(folder, **{name: {**PRIVATE.get(name, {}), **sections.get(name, {})} for name in PRIVATE})
+
+
+def test_a_private_run_stays_within_its_epsilon_and_tells_no_loss(lab):
+    found = lab.execute(private(lab))
+    assert found.complete
+    assert found.contributed == dict.fromkeys(SITES, 3)
+    assert set(found.cast.privacy) == set(SITES)
+    for site, spent in found.cast.privacy.items():
+        assert 0.97 * 8.0 < spent.epsilon <= spent.planned <= 8.0
+        assert spent.steps == spent.planned_steps == 4
+        told = [entry["sites"][site] for entry in found.rounds[1:]]
+        assert all(facts["train_loss"] is None for facts in told)
+        assert [facts["epsilon"] for facts in told] == sorted({facts["epsilon"] for facts in told})
+        assert told[-1]["epsilon"] == spent.epsilon
+    # patients, two images each, and nothing of the labels of training
+    assert found.cast.examples == {"north": 8, "south": 12, "west": 4}
+    assert all(not support[0].any() and support[1:].sum() == 20 for support in found.cast.support.values())
+    assert found.fixed["lr"][0] > 0
+    assert (found.fixed["scale"] == 1).all() and (found.fixed["class_weights"] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"training": {"strategy": "analytic"}},
+        {"model": {"init": "analytic"}, "training": {"rounds": 1}},
+        {"privacy": {"centre": False}},
+    ],
+)
+def test_a_private_run_takes_its_closed_form_and_its_centre_from_the_budget(lab, sections):
+    found = lab.execute(private(lab, **sections))
+    assert found.complete
+    for spent in found.cast.privacy.values():
+        assert 0.97 * 8.0 < spent.epsilon <= 8.0
+        assert spent.steps == spent.planned_steps
+    assert bool(found.fixed["mean"].any()) <= sections.get("privacy", {}).get("centre", True)
+
+
+def test_a_private_run_that_is_resumed_spends_nothing_twice(lab, tmp_path):
+    start = private(lab, tmp_path)
+    memory = lab.scratch()
+    with pytest.raises(QuorumLost):
+        lab.execute(start, lab.grid(start, faults=["drop:south@2"], memory=memory))
+    found = lab.execute(start, lab.grid(start, memory=memory))
+    for spent in found.cast.privacy.values():
+        assert spent.epsilon <= 8.0
+        assert spent.steps == 4
+
+
+def with_quorum(start, quorum):
+    sites = start.run.sites.model_copy(update={"quorum": quorum})
+    return replace(start, run=start.run.model_copy(update={"sites": sites}))
+
+
+def test_a_site_for_which_delta_is_too_large_stays_out_before_it_gives_anything(lab, caplog):
+    """South has twelve patients, of whom one in ten would be given away whole."""
+    start = with_quorum(private(lab, privacy={"delta": 0.1}), 2)
+    found = lab.execute(start, lab.grid(start))
+    assert "refused (target)" in caplog.text and "this site has 12 training patients" in caplog.text
+    assert found.cast.status.get("south", "lost(absent)") == "lost(absent)"  # in a process nobody knows who refused
+    assert sorted(found.cast.privacy) == ["north", "west"]
+    assert found.contributed == {"north": 3, "south": 0, "west": 3}
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_noisy_counts_are_all_that_is_known_of_an_evaluation(lab, several):
+    metrics_told = {"metrics": ("confusion", "histograms")}
+    sections = {name: {**values} for name, values in PRIVATE.items()}
+    sections["privacy"]["histogram_epsilon"] = 50.0
+    if several:
+        sections["task"] = {"labels": ("glow", "third"), "kind": "multi-label"}
+    start = lab.start(evaluation=metrics_told, **sections)
+    found = lab.execute(start, lab.grid(start, lab.clinics() if several else None))
+    assert found.complete
+    assert all(not support.any() for support in found.cast.support.values())
+    labels = start.run.task.labels
+    for summary in (found.test.summary(labels), *(entry["validation"] for entry in found.rounds)):
+        assert (summary["ece"], summary["brier"]) == (None, None)
+        assert summary["auc"] is not None
+        assert not any(figures.get("brier") or figures.get("ece") for figures in summary["per_class"].values())
+    assert {facts["status"] for entry in found.rounds for facts in entry["sites"].values()} == {"contributed"}
+
+
+def test_rounds_of_noisy_counts_compete_by_their_score_and_not_by_how_many_they_seem_to_be(lab):
+    sections = {**PRIVATE, "privacy": {**PRIVATE["privacy"], "histogram_epsilon": 5.0}}
+    found = lab.execute(lab.start(evaluation={"metrics": ("confusion", "histograms")}, **sections))
+    scores = [entry["validation"]["auc"] for entry in found.rounds]
+    assert found.best_round == scores.index(max(scores))
+
+
+def test_a_private_site_that_says_too_much_of_its_plan_is_left_out(lab):
+    def change(name, request, reply):
+        return replace(reply, epsilon=8.1) if name == "south" and isinstance(reply, Description) else reply
+
+    start = with_quorum(private(lab), 2)
+    found = lab.execute(start, hostile_grid(lab, start, change))
+    assert found.cast.status["south"] == "quarantined(bad_statistics)"
+    assert sorted(found.cast.privacy) == ["north", "west"]
+
+
+def test_noise_that_is_not_finite_drops_the_site(lab):
+    def change(name, request, reply):
+        return (
+            replace(reply, total=reply.total * np.inf) if name == "south" and isinstance(reply, PrivateSums) else reply
+        )
+
+    start = with_quorum(private(lab), 2)
+    found = lab.execute(start, hostile_grid(lab, start, change))
+    assert found.cast.status["south"] == "quarantined(bad_statistics)"
+    assert np.isfinite(found.fixed["mean"]).all()
+
+
+@pytest.mark.parametrize("changes", [{"noise_multiplier": 1e300}, {"sampling_rate": 1e-300}, {"steps": 2**62}])
+def test_a_plan_that_would_overflow_what_follows_from_it_is_left_out(lab, changes):
+    def change(name, request, reply):
+        return replace(reply, **changes) if name == "south" and isinstance(reply, Description) else reply
+
+    start = with_quorum(private(lab), 2)
+    found = lab.execute(start, hostile_grid(lab, start, change))
+    assert found.cast.status["south"] == "quarantined(bad_statistics)"
+    assert np.isfinite(found.fixed["lr"]).all()

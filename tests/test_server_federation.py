@@ -320,7 +320,8 @@ def test_bytes_of_weights_are_values_times_the_size_of_the_wire_type(dtype):
         assert answer.traffic.weights_up == 5 * 2
         assert answer.traffic.other_down == 3 * 8 + len("fingerprint") + len("print") + len("round") + 8
         statistics = sum(value.nbytes for value in STATISTICS.values())
-        assert answer.traffic.other_up == statistics + len("num_examples") + 8 + len("train_loss") + 8
+        facts = ("num_examples", "train_loss", "epsilon", "steps")
+        assert answer.traffic.other_up == statistics + sum(len(name) + 8 for name in facts)
 
 
 def test_traffic_adds_up():

@@ -275,7 +275,6 @@ def test_a_port_that_is_in_use(run: Run, config: ServerConfig, place: str) -> No
         ({"privacy": {"epsilon": 0.0}}, "[privacy] epsilon: got 0.0, input should be greater than 0"),
         ({"privacy": {"epsilon": 3.0, "noise_multiplier": 1.0}}, "epsilon and noise_multiplier exclude each other"),
         ({"privacy": {"delta": 1e-5}}, "delta without epsilon or noise_multiplier"),
-        ({"privacy": {"epsilon": 3.0}, "model": {"scaling": "moments"}}, '[model] scaling: "moments" takes exact'),
         ({"data": {"image_size": 8}}, "[data] image_size: got 8"),
     ],
 )

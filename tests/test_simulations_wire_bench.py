@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from common.messages import Describe, Evaluate, Freeze, Statistics, Train, Trained
 from common.run_config import RunConfig, Sites, Task
-from server.admission import Expectation, admit_evaluation, admit_sums, admit_update
+from server.admission import Declared, Expectation, admit_evaluation, admit_sums, admit_update
 from simulations import wire_bench
 from simulations.compare import Findings, Row
 from simulations.light_sites import LightSite
@@ -209,8 +209,8 @@ def test_answers_of_a_light_site_are_admitted_and_differ_between_sites_and_round
     request = Statistics("f", np.ones(2), gram=True)
     admit_sums(first.answer(request), request, support[0], 6)
     edges = np.linspace(-3, 3, 9)[None]
-    admit_evaluation(first.answer(Evaluate("f", "test", np.zeros(50, np.float32), edges)), support[2], 10)
-    expected = Expectation({"w": (5, 10)}, "float32", support)
+    admit_evaluation(first.answer(Evaluate("f", "test", np.zeros(50, np.float32), edges)), Declared(support[2]), edges)
+    expected = Expectation({"w": (5, 10)}, "float32", int(support[0].sum()))
     updates = [
         admit_update(site.answer(Train("f", number, np.zeros(50, np.float32), edges)), expected)["w"].tobytes()
         for site in (first, second)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -25,7 +26,7 @@ from pydicom.dataset import Dataset
 from client.findings import WARNINGS
 from client.image import CODES, IGNORED
 from client.remedies import REMEDIES
-from client.site_config import parse_site
+from client.site_config import PolicySection, parse_site
 from simulations import encodings
 
 pytestmark = pytest.mark.slow
@@ -435,6 +436,8 @@ def test_the_examples_of_the_manual_are_read(ward: Any) -> None:
 
 def test_the_tables_of_the_manual_are_those_of_the_code() -> None:
     text = MANUAL.read_text()
+    rows = re.findall(r"^\| (`.*?) \|", text.split("| key of [policy] |")[1].split("\n\n")[0], flags=re.MULTILINE)
+    assert sorted(re.findall("`([a-z_]+)`", "".join(rows))) == sorted(PolicySection.model_fields)
     for codes in (CODES, IGNORED):
         table = "\n".join(f"| `{code}` | {meaning} | {REMEDIES[code]} |" for code, meaning in codes.items())
         assert table in text

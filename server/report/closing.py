@@ -30,9 +30,17 @@ def show(result: Mapping[str, Any], folder: Path, console: Console | None = None
         for site, figures in list(baselines["local"].items())[:MOST_SITES]:
             _row(table, f"{site} alone", figures)
     console.print(table)
+    if result["privacy"]:
+        console.print(_privacy(result["privacy"]), highlight=False)
     for warning in result["warnings"]:
         console.print(f"warning: {warning['message']}", markup=False, highlight=False)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _privacy(spent: Mapping[str, Any]) -> str:
+    """Say in a line what the run promises."""
+    promise = f"epsilon {spent['epsilon']:.3f} at delta {spent['delta']:g}"
+    return f"differential privacy: {promise} at most, for each training {spent['unit']} of each site"
 
 
 def _title(result: Mapping[str, Any]) -> str:
