@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -54,6 +55,9 @@ TURNS = 7
 MOST_TIME = {"head": 4.0, "deep": 2.2}
 MOST_HEAD_MS = 2.0
 MOST_MEMORY = 2.0
+WIDTH = 132
+"""Characters of a line where there is no terminal."""
+
 STOCK_S = 25.0
 """Seconds that a step of stock Opacus, its start included, is waited for."""
 
@@ -153,6 +157,7 @@ class Work:
 
     def _hooks(self, steps: int) -> None:
         inner = self._ready()
+        warnings.filterwarnings("ignore", "Full backward hook is firing")  # by stock Opacus, at every step
         module = GradSampleModule(self.upper, strict=False)
         optimizer = DPOptimizer(inner, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=BATCH)
         for index in torch.split(torch.arange(PATIENTS), BATCH)[:steps]:
@@ -163,6 +168,7 @@ class Work:
 
     def _ghost(self, steps: int) -> None:
         inner = self._ready()
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
         module = GradSampleModuleFastGradientClipping(self.upper, strict=False, loss_reduction="mean")
         optimizer = DPOptimizerFastGradientClipping(
             inner, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=BATCH
@@ -312,7 +318,7 @@ def main(image_size: tuple[int, ...], threads: int, stock: bool, as_json: Path |
     backbones = ("resnet18", "mobilenetv2_100", "tf_efficientnet_lite0")
     cases = [Case(), *(Case(name, size) for size in image_size for name in backbones)]
     costs = [cost(case, threads, stock=stock) for case in cases]
-    show(costs, threads, Console())
+    show(costs, threads, Console(width=None if sys.stdout.isatty() else WIDTH))
     if as_json is not None:
         write_json(as_json, {"load": os.getloadavg()[0], "costs": [asdict(one) for one in costs]})
 

@@ -1,8 +1,8 @@
 """What privacy costs in accuracy, and how fast a ledger adds up: `python -P -m simulations.privacy_utility`.
 
-Each cell is the pooled test AUC of whole runs, as `consilium simulate --epsilon E --delta 1e-4` makes them: the mean and
-the range over partition seeds, noise drawn anew in each. The aims are those of PneumoniaMNIST at 128 pixels; on other data
-they mean nothing.
+Each cell is the pooled test AUC of whole runs, as `consilium simulate --epsilon E --delta 1e-4` makes them: the mean
+and the range over partition seeds, noise drawn anew in each. The aims are those of PneumoniaMNIST at 128 pixels; on other
+data they mean nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ EPSILONS: tuple[float | None, ...] = (8.0, 3.0, 1.0, None)
 PARTITIONS = ("dirichlet:0.5", "dirichlet:0.1")
 LEAST = {8.0: 0.935, 3.0: 0.925, 1.0: 0.915}
 AIMS = {8.0: 0.945, 3.0: 0.935, 1.0: 0.93}
+WIDTH = 120
+"""Characters of a line where there is no terminal."""
+
 LEDGER_ROUNDS, LEDGER_S = 200, 1.0
 
 
@@ -123,7 +126,7 @@ def main(
         place = cache or Path(name)
         found = [row for rule in ("fedavg", "analytic") for row in utility(options, range(seeds), place, rule)]
     seconds = ledger_seconds()
-    show(found, seconds, Console())
+    show(found, seconds, Console(width=None if sys.stdout.isatty() else WIDTH))
     if as_json is not None:
         write_json(as_json, {"utility": found, "ledger_seconds": seconds})
 

@@ -100,10 +100,10 @@ def _next_folder(root: Path) -> Path:
 def show(found: Mapping[str, Any], folder: Path, console: Console | None = None) -> None:
     """Print what each epsilon reached, and where the report is."""
     console = console or Console()
-    table = Table(title="accuracy against privacy", title_justify="left")
-    for column in ("epsilon", "AUC", "95 % interval", "accuracy", "pooled AUC", "sites alone, mean", "range"):
+    table = Table(title="accuracy against privacy", title_justify="left", padding=(0, 0, 0, 1))
+    for column in ("epsilon", "AUC", "95 % interval", "accuracy", "pooled", "alone, mean", "alone, range"):
         table.add_column(column, justify="right", no_wrap=True)
     for point in points_of(Run.of(found)):
-        table.add_row(point.name, *point.cells)
+        table.add_row(point.name, *(cell.replace(" to ", "–") for cell in point.cells))
     console.print(table)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True, markup=False, highlight=False)

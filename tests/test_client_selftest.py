@@ -1,8 +1,9 @@
-"""The self-test of a site: it passes on code that is whole, and each planted defect makes the check fail that is for it."""
+"""The self-test of a site: it passes on code that is whole, and fails on code with a planted defect."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -56,21 +57,20 @@ def no_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Guard, "spend", lambda *_: None)
 
 
-def half_of_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    once = {"round-1"}
+def one_entry_for_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     reserve = Guard.reserve
 
-    def sometimes(self: Guard, run: object, cohort: object, purpose: str, release: object) -> int:
-        return reserve(self, run, cohort, "round-1" if purpose in once else "round-1", release)  # type: ignore[arg-type]
+    def once(self: Guard, run: Any, cohort: Any, purpose: str, release: Any) -> int:
+        return reserve(self, run, cohort, "round-1", release)
 
-    monkeypatch.setattr(Guard, "reserve", sometimes)
+    monkeypatch.setattr(Guard, "reserve", once)
 
 
-def one_gradient_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def sums_that_are_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = clipping.Clipper.sums
 
-    def scaled(self: clipping.Clipper, *arguments: Tensor) -> list[Tensor]:
-        return [total * 1.01 for total in sums(self, *arguments)]  # type: ignore[arg-type]
+    def scaled(self: clipping.Clipper, *arguments: Any) -> list[Tensor]:
+        return [total * 1.01 for total in sums(self, *arguments)]
 
     monkeypatch.setattr(clipping.Clipper, "sums", scaled)
 
@@ -83,12 +83,12 @@ def one_gradient_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
         (little_noise, selftest.noise_level),
         (no_clipping, selftest.gradients),
         (no_clipping, selftest.bound),
-        (one_gradient_for_all, selftest.gradients),
-        (one_gradient_for_all, selftest.bound),
+        (sums_that_are_too_large, selftest.gradients),
+        (sums_that_are_too_large, selftest.bound),
         (norms_that_learn, selftest.norms),
         (seeded_noise, selftest.two_runs),
         (no_entry, selftest.replay),
-        (half_of_what_was_drawn, selftest.replay),
+        (one_entry_for_all_rounds, selftest.replay),
     ],
 )
 def test_a_planted_defect_is_caught(

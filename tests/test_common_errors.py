@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 
-from common import errors
+from client import clipping
+from client.ledger import BudgetExceeded, CohortChanged, LedgerError
+from common import errors, privacy, private_plan
 from common.errors import ConfigError, ConsiliumError, DataError, SiteRefusal, UsageError, unknown_value
 
+LEDGER = (LedgerError, CohortChanged, BudgetExceeded)
 CLASSES = [value for _, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, Exception)]
 
 
@@ -23,9 +27,24 @@ def test_a_wrong_configuration_and_wrong_data_are_wrong_use() -> None:
     assert issubclass(DataError, UsageError)
 
 
+def parents() -> dict[str, str]:
+    """Return the class that each drawn one stands under."""
+    above: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for line in (errors.__doc__ or "").split("\n\n")[1].splitlines():
+        name = re.search(r"[A-Z]\w+", line)
+        assert name is not None
+        above[name.start()] = name[0]
+        found[name[0]] = next((above[place] for place in sorted(above, reverse=True) if place < name.start()), "")
+        above = {place: kind for place, kind in above.items() if place <= name.start()}
+    return found
+
+
 def test_the_drawn_tree_is_the_real_one() -> None:
-    drawn = (errors.__doc__ or "").split("\n\n")[1]
-    assert {kind.__name__ for kind in CLASSES} == {word for word in drawn.split() if word[0].isupper()}
+    drawn = parents()
+    others = (privacy.NoNoise, private_plan.DeltaTooLarge, clipping.NotPrivate, *LEDGER)  # beside what raises them
+    real = {kind.__name__: "" if kind is ConsiliumError else kind.__base__.__name__ for kind in (*CLASSES, *others)}
+    assert drawn == real
 
 
 def test_a_refusal_is_its_code() -> None:

@@ -111,6 +111,23 @@ def gone(pids: set[int]) -> bool:
 
 
 @pytest.mark.slow
+def test_a_private_rehearsal_spends_what_it_was_given(tmp_path: Path, scratch: Path) -> None:
+    data, cache = stripes(tmp_path), tmp_path / "cache"
+    private = ["--epsilon", "8", "--delta", "0.001", "--rounds", "2"]
+    process = started("rehearse", *command(data, cache, tmp_path / "rehearsed", "--json", *private))
+    output, errors = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, errors
+    result = json.loads(output)
+    assert result["status"] == "completed"
+    spent = result["privacy"]
+    assert 7.5 < spent["epsilon"] <= 8.0 and spent["delta"] == 0.001
+    assert set(spent["sites"]) == set(result["sites"])
+    for site in spent["sites"].values():
+        assert site["steps"] == site["planned_steps"] == 3  # the centre, and a step a round
+    assert all(facts["train_loss"] is None for entry in result["rounds"] for facts in entry["sites"].values())
+
+
+@pytest.mark.slow
 def test_a_rehearsal_ends_with_the_bytes_of_the_simulation(tmp_path: Path, scratch: Path) -> None:
     data, cache = stripes(tmp_path), tmp_path / "cache"
     process = started("rehearse", *command(data, cache, tmp_path / "rehearsed", "--json"))
@@ -190,7 +207,7 @@ def test_ended_and_killed_it_leaves_no_process_and_goes_on(tmp_path: Path, scrat
 NOT_HERE = {
     "a fault": ["--fault", "drop:site-1@1"],
     "Ray": ["--backend", "ray"],
-    "a delta without privacy": ["--delta", "0.001"],
+    "an epsilon that is no number": ["--epsilon", "three"],
 }
 
 

@@ -21,6 +21,7 @@ def result(kind: str) -> dict[str, Any]:
         "config": {"task": {"labels": ["a", "b", "c"], "kind": kind}},
         "test": {"pooled": figures},
         "baselines": {"pooled": figures, "local": {"north": figures}},
+        "privacy": None,
         "warnings": [{"code": "x", "message": "something [to] know"}],
     }
 
@@ -33,3 +34,12 @@ def test_the_table_has_a_row_for_each_model_and_says_what_its_figures_are(kind: 
     for row in ("federated", "all data pooled", "north alone", "something [to] know", "report: runs/x/report.html"):
         assert row in text
     assert ("means over 3 labels" in text) == (kind == "multi-label")
+    assert "differential privacy" not in text
+
+
+def test_a_private_run_says_what_it_promises_and_never_less_than_it_spent() -> None:
+    console = Console(record=True, width=160)
+    spent = {"epsilon": 2.9991, "delta": 1e-5, "unit": "patient"}
+    show({**result("single-label"), "privacy": spent}, Path("runs/x"), console)
+    said = "differential privacy: epsilon 3.000 at delta 1e-05 at most, for each training patient of each site"
+    assert said in console.export_text()

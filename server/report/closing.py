@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from server.report.privacy import at_most
 from server.report.wording import plural
 
 MOST_SITES = 12
@@ -39,7 +40,7 @@ def show(result: Mapping[str, Any], folder: Path, console: Console | None = None
 
 def _privacy(spent: Mapping[str, Any]) -> str:
     """Say in a line what the run promises."""
-    promise = f"epsilon {spent['epsilon']:.3f} at delta {spent['delta']:g}"
+    promise = f"epsilon {at_most(spent['epsilon'])} at delta {spent['delta']:g}"
     return f"differential privacy: {promise} at most, for each training {spent['unit']} of each site"
 
 

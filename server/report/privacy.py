@@ -41,11 +41,21 @@ def spent(run: Run) -> Privacy | None:
     return Privacy(whole.get("unit") or DASH, largest, rows, list(whole.get("outside") or ()))
 
 
+def at_most(epsilon: float) -> str:
+    """Return an epsilon as printed: never less than it is.
+
+    Examples:
+        >>> at_most(2.9871), at_most(3.0)
+        ('2.988', '3.000')
+    """
+    return fixed(math.ceil(1000 * epsilon - 1e-9) / 1000)
+
+
 def _figure(key: str, value: Any) -> str:
     if value is None:
         return DASH
     if key in ("epsilon", "planned_epsilon"):
-        return fixed(math.ceil(1000 * value - 1e-9) / 1000)  # never less than it is
+        return at_most(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
