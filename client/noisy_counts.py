@@ -1,8 +1,8 @@
 """Evaluation counts under Laplace noise: what one look at a split tells of one patient is limited by an epsilon.
 
-An image adds 1 to one cell of the confusion counts and to one bin of each histogram: with R histograms, and at most m
-images of a patient in the split, the L1 sensitivity to a patient is m (1 + R) — with several labels an image 2 m K, for
-each of K labels has both. Every cell gets Laplace noise of that over epsilon (Dwork et al., Calibrating Noise to
+One image of each patient is evaluated. It adds 1 to one cell of the confusion counts and to one bin of each histogram:
+with R histograms the L1 sensitivity to a patient is 1 + R, with several labels an image 2 K, for each of K labels has
+both. Every cell gets Laplace noise of that over epsilon (Dwork et al., Calibrating Noise to
 Sensitivity in Private Data Analysis, TCC 2006, proposition 1). What follows is post-processing: cells are rounded, none
 is below 0, and histograms are rescaled to the totals of the confusion counts. Calibration and losses are withheld.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from client.cohort import Cohort
 from client.noise import Noise
 from common.metrics import CALIBRATION_BINS, Counts, Evaluation, targets
 from common.multilabel import LabelwiseEvaluation
@@ -19,23 +20,31 @@ from common.multilabel import LabelwiseEvaluation
 Found = Evaluation | LabelwiseEvaluation
 
 
-def most_images(patients: NDArray[np.int64]) -> int:
-    """Return the most images of one patient; at least 1."""
-    return int(np.unique(patients, return_counts=True)[1].max(initial=1))
+def one_of_each(cohort: Cohort, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return one example of each patient, that whose digest comes first, so that others have no say in it.
+
+    Args:
+        cohort: the site's.
+        indices: the examples to choose from.
+    """
+    order = sorted(indices.tolist(), key=lambda index: bytes(cohort.digests[index]))
+    first: dict[int, int] = {}
+    for index in order:
+        first.setdefault(int(cohort.patients[index]), index)
+    return np.array(sorted(first.values()), np.int64)
 
 
-def noisy(found: Found, epsilon: float, images: int, noise: Noise) -> Found:
+def noisy(found: Found, epsilon: float, noise: Noise) -> Found:
     """Return counts that may be seen.
 
     Args:
         found: exact ones.
         epsilon: of this look.
-        images: m.
         noise: its source.
     """
     if isinstance(found, Evaluation):
-        return _one(found, images * (1 + len(found.positives)) / epsilon, noise)
-    scale = images * 2 * len(found.labels) / epsilon
+        return _one(found, (1 + len(found.positives)) / epsilon, noise)
+    scale = 2 * len(found.labels) / epsilon
     labels = tuple(_one(label, scale, noise) for label in found.labels)
     return LabelwiseEvaluation(max(label.examples for label in labels), labels)
 

@@ -44,8 +44,6 @@ from common.messages import (
     to_bytes,
     to_record,
 )
-from common.metrics import Evaluation
-from common.multilabel import LabelwiseEvaluation
 from common.parameters import Parameters
 from common.privacy import Release
 from common.private_form import Noisy
@@ -201,20 +199,24 @@ class PrivateSite:
         weights: NDArray[np.generic],
     ) -> Drawn:
         self._look(split, edges, weights)
+        whole = self.run.privacy.histogram_epsilon
+        if whole is not None:
+            return self._hidden(bench, features, split, edges, whole / most_looks(self.run, split))
         indices = evaluation.shown(self.cohort, split, self.guard.limits.min_cell)
         found = evaluation.evaluate(bench.upper, features, self.labels, indices, edges)
-        if self.run.privacy.histogram_epsilon is None:
-            return evaluation.told(found, self.run.evaluation.metrics), ()
-        return self._hidden(found, split, indices)
+        return evaluation.told(found, self.run.evaluation.metrics), ()
 
-    def _hidden(self, found: Evaluation | LabelwiseEvaluation, split: str, indices: NDArray[np.int64]) -> Drawn:
-        """Return counts under Laplace noise, paid for by the patients of the split."""
-        total = self.run.privacy.histogram_epsilon
-        assert total is not None  # noqa: S101  asked for
-        share = total / most_looks(self.run, split)
-        number = self.guard.reserve_look(self.run, split, Release(1 / share, kind="laplace"))
-        images = noisy_counts.most_images(self.cohort.patients[indices])
-        return noisy_counts.noisy(found, share, images, self.guard.noise).arrays(), (number,)
+    def _hidden(
+        self, bench: Bench, features: Features, split: str, edges: NDArray[np.float64], epsilon: float
+    ) -> Drawn:
+        """Return counts under Laplace noise, paid for by the patients of the split, one image of each.
+
+        Which of them does not depend on anybody else; and no cell is hidden for being small, for that would tell.
+        """
+        number = self.guard.reserve_look(self.run, split, Release(1 / epsilon, kind="laplace"))
+        indices = noisy_counts.one_of_each(self.cohort, self.cohort.indices(split))
+        found = evaluation.evaluate(bench.upper, features, self.labels, indices, edges)
+        return noisy_counts.noisy(found, epsilon, self.guard.noise).arrays(), (number,)
 
     # Once
 

@@ -30,7 +30,7 @@ from common.backbone import Upper
 from common.model import norm_statistics
 from common.run_config import Training, base_lr
 
-RECORDS = {"head": 4096, "deep": 96}
+RECORDS = {"head": 4096, "deep": 48}
 """Most records whose gradients are computed at a time: what bounds memory, whatever a draw holds."""
 
 

@@ -2,8 +2,8 @@
 
 The record of an image is r = [z, 1] / sqrt(37) with z the input of a head whose stages are scaled by themselves,
 ‖z‖ ≤ 6 (`common.backbone.Head`), so ‖r‖ ≤ 1 whatever the image; no mean, deviation or count of the data is needed. A
-patient counts as the mean over their images and views, so that one patient adds at most the outer products of one record
-to
+patient counts as the mean over their images and views, so that one patient adds at most the outer products of one
+record to
 
     G = Σ r rᵀ    C = Σ r tᵀ
 

@@ -219,13 +219,13 @@ class Privacy(Section):
     """Differential privacy of the patients of the training splits, at each site, against everybody; none by default."""
 
     epsilon: Epsilon | None = None  # what the whole run may cost a site's patients; gives each site its noise
-    noise_multiplier: float | None = Field(default=None, gt=0, le=1e6)  # or the noise itself, over the sensitivity
+    noise_multiplier: float | None = Field(default=None, ge=1e-3, le=1e6)  # or the noise itself, over the sensitivity
     delta: float | None = Field(default=None, gt=0, lt=1)  # None: by each site's own number of patients
     clip: float | None = Field(default=None, gt=0)  # C, L2 norm that a patient's gradient is cut to; None: a good one
     centre: bool = True  # whether a share of the budget goes into the centre of the head's inputs
     # What all looks at a split of the test and validation patients may cost, as Laplace noise; None: exact counts
     histogram_epsilon: Epsilon | None = None
-    run: str = Field(default="", pattern="([0-9a-f]{32})?")  # drawn when the run is settled: tells it from its like
+    run: str = Field(default="", pattern="^([0-9a-f]{32})?$")  # drawn when the run is settled: tells it from its like
 
     @model_validator(mode="after")
     def _one_target(self) -> Privacy:

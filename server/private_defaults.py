@@ -36,7 +36,7 @@ def private(plan: RunConfig) -> RunConfig:
     """
     if not plan.privacy.on:
         return plan
-    _check(plan)
+    check(plan)
     model = _filled(plan.model, scaling="stages", init="zero")
     training = _filled(plan.training, **_training(plan))
     training = training.model_copy(update={"draw": "patients"})
@@ -47,7 +47,14 @@ def private(plan: RunConfig) -> RunConfig:
     return found.model_copy(update={"privacy": plan.privacy.model_copy(update=named)})
 
 
-def _check(plan: RunConfig) -> None:
+def check(plan: RunConfig) -> None:
+    """Refuse what a private run cannot have; whatever else a plan is, is no business of this.
+
+    Raises:
+        ConfigError: it asks for something that would be a release of its own.
+    """
+    if not plan.privacy.on:
+        return
     given = {section: getattr(plan, section).model_fields_set for section in ("model", "training")}
     if "scaling" in given["model"] and plan.model.scaling == "moments":
         raise ConfigError(

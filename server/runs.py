@@ -27,7 +27,7 @@ from common.files import write_atomic, write_json
 from common.run_config import RunConfig, Task, build
 from common.strict import read_toml
 from common.supervisor import bound_to
-from server import board
+from server import board, private_defaults
 from server.endpoints import LEAN, QUIET
 from server.enrolment import enrolled, locked
 from server.server_config import ServerConfig
@@ -88,6 +88,7 @@ def plan_of(path: Path, config: ServerConfig) -> tuple[RunConfig, Task]:
         raise ConfigError(f"{path}: [sites] names: got {', '.join(names)}, expected every name once")
     if plan.sites.quorum and plan.sites.quorum > len(names):
         raise ConfigError(f"{path}: [sites] quorum: got {plan.sites.quorum}, expected at most {len(names)}, all sites")
+    private_defaults.check(plan)
     sites = plan.sites.model_copy(update={"names": names})
     return plan.model_copy(update={"sites": sites}), plan.task
 

@@ -1,8 +1,8 @@
 """What privacy costs in accuracy, and how fast a ledger adds up: `python -P -m simulations.privacy_utility`.
 
 Each cell is the pooled test AUC of whole runs, as `consilium simulate --epsilon E --delta 1e-4` makes them: the mean
-and the range over partition seeds, noise drawn anew in each. The aims are those of PneumoniaMNIST at 128 pixels; on other
-data they mean nothing.
+and the range over partition seeds, noise drawn anew in each. The aims are those of PneumoniaMNIST at 128 pixels; on
+other data they mean nothing.
 """
 
 from __future__ import annotations

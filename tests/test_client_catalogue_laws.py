@@ -142,6 +142,7 @@ def test_each_file_is_told_of(tmp_path: Path) -> None:
     assert told[-1] == (3, 3)
 
 
+@pytest.mark.slow
 def test_a_reading_that_is_killed_goes_on_where_it_was(tmp_path: Path, reads: list[str]) -> None:
     paths = pictures(tmp_path / "in", 4 * FLUSH)
     script = (

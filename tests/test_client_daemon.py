@@ -272,6 +272,7 @@ def test_a_run_outside_of_the_policy(
     assert "max_rounds" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_silent_run_is_let_go(conversation: list[Request], other: Describe, tmp_path: Path) -> None:
     config = founded(tmp_path / "s")
     describe = conversation[0]
@@ -294,6 +295,7 @@ def test_another_version_is_refused(version: str, conversation: list[Request], t
         assert isinstance(link.ask(replace(describe, version=f"{VERSION}.dev3+local")), Description)
 
 
+@pytest.mark.slow
 def test_a_long_pass_is_pending_with_rising_progress(
     conversation: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

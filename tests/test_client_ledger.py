@@ -351,6 +351,7 @@ def test_an_entry_without_its_head_counts(tmp_path: Path, monkeypatch: pytest.Mo
     assert Ledger.open(tmp_path / "ledger.jsonl", OWNER).releases() == (ROUND,) * 4
 
 
+@pytest.mark.slow
 def test_a_process_killed_between_reserving_and_spending_has_spent(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     script = (
@@ -377,6 +378,7 @@ def test_a_process_killed_between_reserving_and_spending_has_spent(tmp_path: Pat
         promised = run.reserved
 
 
+@pytest.mark.slow
 def test_processes_at_the_same_time_make_one_ledger(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     script = (
@@ -620,6 +622,7 @@ def test_without_a_limit_the_smallest_delta_counts(tmp_path: Path) -> None:
         check_budget(ledger, PLANNED, RUN, limit, None, 1e-5)
 
 
+@pytest.mark.slow
 def test_the_statement(tmp_path: Path) -> None:
     ledger = filled(tmp_path)
     found = statement(ledger, 8.0, 1e-5)

@@ -675,6 +675,7 @@ def test_an_authority_that_cannot_be_used_is_one_line(settings: LinkSettings) ->
         read_authority(path)
 
 
+@pytest.mark.slow
 def test_wrong_configuration_ends_with_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "site.toml").write_text('[site]\nname = "a"\n[data]\nimages = "."\n[coordinator]\naddress = "h:1"\n')
     for arguments, said in (

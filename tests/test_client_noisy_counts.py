@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client.cohort import Cohort
 from client.noise import Noise
-from client.noisy_counts import most_images, noisy, rescaled
+from client.noisy_counts import noisy, one_of_each, rescaled
 from common import metrics, multilabel
 from common.metrics import Evaluation
 from common.multilabel import LabelwiseEvaluation
@@ -57,11 +58,11 @@ def read(found: Found) -> Found:
 
 @pytest.mark.parametrize("make", [single, several])
 @law
-@given(count=st.integers(0, 40), labels=st.integers(2, 4), epsilon=epsilons, images=st.integers(1, 5), seed=seeds)
+@given(count=st.integers(0, 40), labels=st.integers(2, 4), epsilon=epsilons, seed=seeds)
 def test_noisy_counts_are_counts_whose_totals_agree(
-    make: Any, noise: Noise, count: int, labels: int, epsilon: float, images: int, seed: int
+    make: Any, noise: Noise, count: int, labels: int, epsilon: float, seed: int
 ) -> None:
-    found = noisy(make(count, labels, seed), epsilon, images, noise)
+    found = noisy(make(count, labels, seed), epsilon, noise)
     assert read(found) == found
     for name in COUNTS:
         counts = found.arrays()[name]
@@ -74,13 +75,13 @@ def test_noisy_counts_are_counts_whose_totals_agree(
 @pytest.mark.parametrize("make", [single, several])
 def test_with_next_to_no_noise_they_are_the_exact_ones(make: Any, noise: Noise) -> None:
     exact = make(200, 3, 0)
-    found = noisy(exact, 1e9, 1, noise)
+    found = noisy(exact, 1e9, noise)
     assert all(np.array_equal(found.arrays()[name], exact.arrays()[name]) for name in COUNTS)
 
 
 def test_two_looks_have_noise_of_their_own(noise: Noise) -> None:
     exact = single(500, 3, 0)
-    assert not np.array_equal(noisy(exact, 0.1, 1, noise).confusion, noisy(exact, 0.1, 1, noise).confusion)
+    assert not np.array_equal(noisy(exact, 0.1, noise).confusion, noisy(exact, 0.1, noise).confusion)
 
 
 # Their noise
@@ -99,9 +100,9 @@ def test_the_noise_of_a_cell_is_the_sensitivity_over_epsilon(noise: Noise, label
         0.0,
         0.0,
     )
-    epsilon, images, looks = 0.002, 3, 400
-    drawn = np.stack([noisy(exact, epsilon, images, noise).confusion - high for _ in range(looks)])
-    scale = images * (1 + histograms) / epsilon
+    epsilon, looks = 0.0007, 400
+    drawn = np.stack([noisy(exact, epsilon, noise).confusion - high for _ in range(looks)])
+    scale = (1 + histograms) / epsilon
     assert abs(np.abs(drawn).mean() / scale - 1) < 6.5 / math.sqrt(drawn.size)
 
 
@@ -111,17 +112,38 @@ def moved(before: Found, after: Found) -> int:
 
 
 @law
-@given(labels=st.integers(2, 5), images=st.integers(1, 6), seed=seeds)
-def test_no_patient_moves_the_counts_by_more_than_that(labels: int, images: int, seed: int) -> None:
-    before, patient = single(20, labels, seed), single(images, labels, seed + 1)
-    assert moved(before, before + patient) == images * (1 + len(before.positives))
-    whole, one = several(20, labels, seed), several(images, labels, seed + 1)
-    assert moved(whole, whole + one) <= images * 2 * labels
+@given(labels=st.integers(2, 5), seed=seeds)
+def test_no_image_moves_the_counts_by_more_than_that(labels: int, seed: int) -> None:
+    before, image = single(20, labels, seed), single(1, labels, seed + 1)
+    assert moved(before, before + image) == 1 + len(before.positives)
+    whole, one = several(20, labels, seed), several(1, labels, seed + 1)
+    assert moved(whole, whole + one) <= 2 * labels
 
 
-def test_the_images_of_a_patient_are_those_of_whom_has_most() -> None:
-    assert most_images(np.array([4, 1, 4, 2, 4])) == 3
-    assert most_images(np.array([7])) == most_images(np.array([], np.int64)) == 1
+@law
+@given(patients=st.lists(st.integers(0, 5), min_size=1, max_size=20), seed=seeds)
+def test_one_image_of_each_patient_is_looked_at_whoever_else_is_there(patients: list[int], seed: int) -> None:
+    cohort = of_patients(np.array(patients), seed)
+    everybody = np.arange(len(patients))
+    chosen = one_of_each(cohort, everybody)
+    assert sorted(cohort.patients[chosen]) == sorted(set(patients))
+    without = everybody[cohort.patients != patients[0]]
+    left = [index for index in chosen if cohort.patients[index] != patients[0]]
+    assert one_of_each(cohort, without).tolist() == left
+
+
+def of_patients(patients: np.ndarray, seed: int) -> Cohort:
+    count = len(patients)
+    return Cohort(
+        source=lambda rows: np.zeros((len(rows), 1, 1, 1), np.uint8),
+        rows=np.arange(count),
+        digests=np.random.default_rng(seed).integers(0, 256, (count, 32), np.uint8),
+        labels=np.zeros(count, np.int64),
+        splits=np.ones(count, np.int8),
+        patients=patients,
+        label_names=("no", "yes"),
+        preprocessing="none",
+    )
 
 
 # Totals

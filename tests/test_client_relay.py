@@ -91,6 +91,7 @@ def test_a_daemon_that_is_not_there_is_unavailable_in_time(tmp_path: Path, monke
     assert time.monotonic() - begin < 3
 
 
+@pytest.mark.slow
 def test_a_daemon_that_comes_up_late_is_waited_for(tmp_path: Path) -> None:
     made = []
 

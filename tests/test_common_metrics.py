@@ -272,6 +272,7 @@ def test_certainty_falls_into_the_last_calibration_bin() -> None:
 # --------------------------------------------------------------------------------------------------- AUC and bound
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(seeds, label_counts, kinds, st.integers(2, 120), st.sampled_from([0, 1, 2]))
 @example(seed=0, k=2, kind="collapsed", n=120, passes=0)

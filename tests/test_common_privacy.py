@@ -55,6 +55,7 @@ def test_the_orders_are_those_of_opacus() -> None:
     assert privacy._ORDERS.tolist() == RDPAccountant.DEFAULT_ALPHAS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [1e-4, 0.01, 0.064, 0.3, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("sigma", [0.3, 0.7, 1.1, 4.0, 30.0])
 def test_one_mechanism_is_that_of_opacus(sigma: float, rate: float) -> None:
@@ -185,6 +186,7 @@ def test_one_look_at_everybody_has_its_known_cost() -> None:
     assert merged == pytest.approx(tight_epsilon([Release(0.5)], 1e-5), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_finer_figure_is_that_of_opacus() -> None:
     from opacus.accountants import PRVAccountant
 

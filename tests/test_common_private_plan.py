@@ -40,6 +40,7 @@ STARTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", STARTS)
 @law
 @given(target=st.floats(0.2, 20), patients=st.integers(20, 20_000))

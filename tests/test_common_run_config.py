@@ -197,7 +197,7 @@ def test_an_unknown_key_is_named_with_its_section_and_the_nearest(values: dict[s
         ({"epsilon": float("nan")}, "got nan, input should be a finite number"),
         ({"epsilon": 1.0, "delta": 1.0}, "got 1.0, input should be less than 1"),
         ({"epsilon": 1.0, "delta": 0.0}, "got 0.0, input should be greater than 0"),
-        ({"noise_multiplier": 0.0}, "got 0.0, input should be greater than 0"),
+        ({"noise_multiplier": 0.0}, "got 0.0, input should be greater than or equal to 0.001"),
         ({"epsilon": 1.0, "clip": 0.0}, "got 0.0, input should be greater than 0"),
     ],
 )

@@ -41,6 +41,8 @@ from common.messages import (
 from common.privacy import epsilon
 from common.run_config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 VERSION = importlib.metadata.version("consilium")
 EDGES = metrics.coarse_edges(2, bins=16)
 

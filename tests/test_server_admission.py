@@ -258,7 +258,7 @@ def test_an_empty_split_has_empty_statistics():
 def hidden(support=SUPPORT[1], labels=2, seed=0):
     """Statistics under Laplace noise, as a site makes them."""
     exact = metrics.Evaluation.from_arrays(evaluation(support, labels, seed))
-    return noisy_counts.noisy(exact, 1.0, 2, Noise()).arrays()
+    return noisy_counts.noisy(exact, 1.0, Noise()).arrays()
 
 
 @given(st.integers(0, 99))
@@ -298,7 +298,7 @@ def test_noisy_statistics_of_another_type_or_shape_are_refused(name):
 
 def hidden_labelwise():
     exact = multilabel.LabelwiseEvaluation.from_arrays(labelwise(), 3, 12)
-    return noisy_counts.noisy(exact, 1.0, 2, Noise()).arrays()
+    return noisy_counts.noisy(exact, 1.0, Noise()).arrays()
 
 
 def test_noisy_statistics_of_several_labels_are_admitted():

@@ -774,6 +774,7 @@ def test_a_private_run_stays_within_its_epsilon_and_tells_no_loss(lab):
     assert (found.fixed["scale"] == 1).all() and (found.fixed["class_weights"] == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
     [
@@ -791,6 +792,7 @@ def test_a_private_run_takes_its_closed_form_and_its_centre_from_the_budget(lab,
     assert bool(found.fixed["mean"].any()) <= sections.get("privacy", {}).get("centre", True)
 
 
+@pytest.mark.slow
 def test_a_private_run_that_is_resumed_spends_nothing_twice(lab, tmp_path):
     start = private(lab, tmp_path)
     memory = lab.scratch()
@@ -817,6 +819,7 @@ def test_a_site_for_which_delta_is_too_large_stays_out_before_it_gives_anything(
     assert found.contributed == {"north": 3, "south": 0, "west": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("several", [False, True])
 def test_noisy_counts_are_all_that_is_known_of_an_evaluation(lab, several):
     metrics_told = {"metrics": ("confusion", "histograms")}
@@ -836,6 +839,7 @@ def test_noisy_counts_are_all_that_is_known_of_an_evaluation(lab, several):
     assert {facts["status"] for entry in found.rounds for facts in entry["sites"].values()} == {"contributed"}
 
 
+@pytest.mark.slow
 def test_rounds_of_noisy_counts_compete_by_their_score_and_not_by_how_many_they_seem_to_be(lab):
     sections = {**PRIVATE, "privacy": {**PRIVATE["privacy"], "histogram_epsilon": 5.0}}
     found = lab.execute(lab.start(evaluation={"metrics": ("confusion", "histograms")}, **sections))
@@ -843,6 +847,7 @@ def test_rounds_of_noisy_counts_compete_by_their_score_and_not_by_how_many_they_
     assert found.best_round == scores.index(max(scores))
 
 
+@pytest.mark.slow
 def test_a_private_site_that_says_too_much_of_its_plan_is_left_out(lab):
     def change(name, request, reply):
         return replace(reply, epsilon=8.1) if name == "south" and isinstance(reply, Description) else reply
@@ -853,6 +858,7 @@ def test_a_private_site_that_says_too_much_of_its_plan_is_left_out(lab):
     assert sorted(found.cast.privacy) == ["north", "west"]
 
 
+@pytest.mark.slow
 def test_noise_that_is_not_finite_drops_the_site(lab):
     def change(name, request, reply):
         return (
@@ -865,6 +871,7 @@ def test_noise_that_is_not_finite_drops_the_site(lab):
     assert np.isfinite(found.fixed["mean"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"noise_multiplier": 1e300}, {"sampling_rate": 1e-300}, {"steps": 2**62}])
 def test_a_plan_that_would_overflow_what_follows_from_it_is_left_out(lab, changes):
     def change(name, request, reply):

@@ -458,6 +458,7 @@ def test_what_was_lost_on_the_way_is_asked_again(quick, trouble):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["work", "more"])
 def test_work_that_moves_gives_a_site_more_time_to_prepare(quick, word):
     line = Line(a=["describe", *[word] * 12, "done"])
@@ -506,6 +507,7 @@ def test_a_site_of_which_nothing_is_heard_is_given_up_before_the_deadline(quick,
     assert 0.3 <= time.monotonic() - begin < 3.0
 
 
+@pytest.mark.slow
 def test_a_site_that_works_is_not_given_up_before_the_deadline(quick):
     line = Line(a=["describe", "work"])
     begin = time.monotonic()
@@ -514,6 +516,7 @@ def test_a_site_that_works_is_not_given_up_before_the_deadline(quick):
     assert time.monotonic() - begin >= 1.5
 
 
+@pytest.mark.slow
 def test_who_was_lost_has_to_show_itself_sooner_the_next_time(quick, monkeypatch):
     monkeypatch.setattr(module, "PROBATION_S", 0.2)
     line = Line(a=["describe", "silence", "silence", "silence", "silence", "silence", "done"])

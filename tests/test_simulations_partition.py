@@ -56,6 +56,7 @@ def cohorts(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cohorts(), st.sampled_from(SPECS), st.integers(1, 12), st.integers(0, 3))
 def test_the_laws_of_a_partition(cohort, text, sites, seed):
@@ -137,6 +138,7 @@ def test_validation_and_test_have_the_label_mix_of_their_own_training(tmp_path, 
         assert np.abs(mixes(cohort, large, split) - training).max() < 0.05
 
 
+@pytest.mark.slow
 def test_dirichlet_sites_differ_more_the_smaller_the_concentration(tmp_path):
     cohort = simple(800, classes=4)
     spread = []
@@ -316,6 +318,7 @@ def several(count, seed=0):
     return Cohort(no_pixels, np.arange(count), digests, labels, splits, patients, ("a", "b"), "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", SPECS)
 def test_several_labels_are_dealt_by_the_same_laws(tmp_path, text):
     cohort = several(160)

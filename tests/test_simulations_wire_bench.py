@@ -67,6 +67,7 @@ def exchange(port, content):
     return b"".join(received)
 
 
+@pytest.mark.slow
 def test_a_tap_counts_every_byte_both_ways_and_changes_none(echo):
     content = np.random.default_rng(0).bytes(3_000_001)
     with tapped(echo) as tap:
