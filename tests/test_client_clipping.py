@@ -45,7 +45,7 @@ def network_upper(name: str, size: int, cut: str) -> Upper:
     """An upper of a backbone, its weights such that no gradient vanishes."""
     network = backbone.create(name, image_size=size, seed=0)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(1)
         upper = backbone.build(network, cut=cut, features="multi", labels=LABELS, image_size=size)[1]
         nn.init.normal_(upper.head.linear.weight, std=0.05)
         for norm in upper.frozen_norms():
