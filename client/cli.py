@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from client.cli_output import SETTINGS, as_json, console, print_json, shown
 from client.oversight_cli import COMMANDS
 from common.cli import Group, once_up
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from client.findings import Findings
 
-_SETTINGS = {"help_option_names": ["-h", "--help"]}
 _INCOMPLETE = 3  # exit code: completed in part
 _SITE_TOML = click.Path(path_type=Path)
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout.")
 quiet = click.option("--quiet", is_flag=True, help="No progress.")
 site_option = click.option(
     "--site", "path", type=_SITE_TOML, default="site.toml", metavar="FILE", help="The site's site.toml [./site.toml]."
 )
 
 
-@click.group(cls=Group, context_settings=_SETTINGS)
+@click.group(cls=Group, context_settings=SETTINGS)
 def site() -> None:
     """Look after one hospital: its data, which stay on this machine, and its part in a federation.
 
@@ -43,7 +37,7 @@ def site() -> None:
     """  # noqa: D301  click wants the backspace itself
 
 
-@site.command(context_settings=_SETTINGS)
+@site.command(context_settings=SETTINGS)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--name", metavar="NAME", help="The site's name in the federation [the folder's].")
 @click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the images.")
@@ -72,7 +66,7 @@ def init(
     if invitation is not None:
         values |= _join(made.config, invitation, None, again=False)
     if as_json:
-        _print_json(values)
+        print_json(values)
         return 0
     config = _path(made.config)
     click.echo(f"site {made.site}: {config}")
@@ -84,7 +78,7 @@ def init(
     return 0
 
 
-@site.command(context_settings=_SETTINGS)
+@site.command(context_settings=SETTINGS)
 @click.argument("invitation", metavar="INVITATION.json", type=click.Path(path_type=Path))
 @site_option
 @click.option(
@@ -107,13 +101,13 @@ def join(invitation: Path, path: Path, output: Path | None, again: bool, as_json
     """  # noqa: D301
     values = _join(path, invitation, output, again=again)
     if as_json:
-        _print_json(values)
+        print_json(values)
     else:
         _show_joined(values)
     return 0
 
 
-@site.command(context_settings=_SETTINGS)
+@site.command(context_settings=SETTINGS)
 @click.argument("path", metavar="SITE.TOML", type=_SITE_TOML)
 @click.option("--files", is_flag=True, help="Name every file that is not in use (with --json: every file).")
 @click.option("--offline", is_flag=True, help="Do not ask the PACS; take what was pulled before.")
@@ -153,7 +147,7 @@ def check(path: Path, files: bool, offline: bool, output: Path | None, as_json: 
     if as_json:
         from client.report.document import document
 
-        _print_json(document(found, files=files))
+        print_json(document(found, files=files))
     else:
         _show(found, page, files)
     if found.stop:
@@ -161,7 +155,7 @@ def check(path: Path, files: bool, offline: bool, output: Path | None, as_json: 
     return 0
 
 
-@site.command(context_settings=_SETTINGS)
+@site.command(context_settings=SETTINGS)
 @click.argument("path", metavar="SITE.TOML", type=_SITE_TOML)
 @as_json
 @quiet
@@ -188,13 +182,13 @@ def pull(path: Path, as_json: bool, quiet: bool) -> int:
     with Reporter(quiet=quiet) as reporter:
         pulled = dataclasses.asdict(examination.pull(config, reporter))
     if as_json:
-        _print_json(pulled)
+        print_json(pulled)
     else:
         _table("Pulled from the PACS", pulled)
     return _INCOMPLETE if pulled.get("failed") else 0
 
 
-@site.command(context_settings=_SETTINGS)
+@site.command(context_settings=SETTINGS)
 @click.argument("patients", metavar="PATIENTS.csv", type=click.Path(path_type=Path))
 @site_option
 @click.option("--column", metavar="NAME", help="Column of the PatientIDs [PatientID, patient, or the only one].")
@@ -214,7 +208,7 @@ def forget(patients: Path, path: Path, column: str | None, as_json: bool) -> int
 
     forgotten = examination.forget(read_site(path), patients, column)
     if as_json:
-        _print_json(forgotten)
+        print_json(forgotten)
     else:
         _table("Taken out", forgotten)
         if not forgotten["images"]:
@@ -225,7 +219,7 @@ def forget(patients: Path, path: Path, column: str | None, as_json: bool) -> int
     return 0
 
 
-@site.command(context_settings=_SETTINGS)
+@site.command(context_settings=SETTINGS)
 @click.argument("path", metavar="[SITE.TOML]", type=_SITE_TOML, default="site.toml")
 @as_json
 @quiet
@@ -249,7 +243,7 @@ def up(path: Path, as_json: bool, quiet: bool) -> int:
     return 0
 
 
-@site.command(context_settings=_SETTINGS)
+@site.command(context_settings=SETTINGS)
 @click.argument("path", metavar="[SITE.TOML]", type=_SITE_TOML, default="site.toml")
 @as_json
 def status(path: Path, as_json: bool) -> int:
@@ -267,12 +261,12 @@ def status(path: Path, as_json: bool) -> int:
     config = read_any_site(path)
     found = standing.status(config, standing.ask(config))
     if as_json:
-        _print_json(found.document())
+        print_json(found.document())
     else:
         for finding in found.findings:
-            click.echo(f"{finding.about:<12} {finding.level:<8} {_visible(finding.sentence)}")
+            click.echo(f"{finding.about:<12} {finding.level:<8} {shown(finding.sentence)}")
             if finding.remedy:
-                click.echo(f"{'':<21} {_visible(finding.remedy)}")
+                click.echo(f"{'':<21} {shown(finding.remedy)}")
     return 0 if found.healthy else 1
 
 
@@ -328,24 +322,5 @@ def _table(title: str, values: dict[str, Any]) -> None:
     terminal.pairs(title, {name: str(value) for name, value in values.items()}, console())
 
 
-def console() -> Console:
-    """Return the terminal; a letter that it cannot show is written as a code, and stops nothing."""
-    from rich.console import Console
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    return Console()
-
-
 def _path(path: Path) -> str:
-    return _visible(str(path))
-
-
-def _visible(text: str) -> str:
-    from client.report.wording import encodable, visible
-
-    return visible(encodable(text))
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, allow_nan=False))
+    return shown(str(path))

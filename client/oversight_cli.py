@@ -6,7 +6,6 @@ Nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 import getpass
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from client.cli_output import SETTINGS, as_json, console, print_json, shown
 from common.cli import Group
 
 if TYPE_CHECKING:
     from client.oversight import Format
     from client.site_config import SiteConfig
 
-_SETTINGS = {"help_option_names": ["-h", "--help"]}
 _SITE_TOML = click.Path(path_type=Path)
 _DEFAULT = Path("site.toml")
 _LATEST = 10  # events that `site audit` shows
 
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout.")
 _site = click.option("--site", "path", type=_SITE_TOML, metavar="FILE", help="The site's site.toml [./site.toml].")
 _place = click.argument("place", metavar="[SITE.TOML]", type=_SITE_TOML, required=False)
 
@@ -40,11 +38,11 @@ class _Trail(Group):
         return super().parse_args(ctx, args)
 
 
-@click.command(context_settings=_SETTINGS)
+@click.command(context_settings=SETTINGS)
 @click.argument("fingerprint", metavar="[FINGERPRINT]", default="")
 @_site
 @click.option("--reject", is_flag=True, help="Refuse the run, for good.")
-@_as_json
+@as_json
 def approve(fingerprint: str, path: Path | None, reject: bool, as_json: bool) -> int:
     """Approve a run that waits for a person, or refuse it; without a fingerprint, list what waits.
 
@@ -68,13 +66,13 @@ def approve(fingerprint: str, path: Path | None, reject: bool, as_json: bool) ->
         return 0
     said = (approval.reject if reject else approval.approve)(config, fingerprint, _user())
     if as_json:
-        _print_json({"fingerprint": said.fingerprint, "approved": said.approved, "time": said.time, "who": said.who})
+        print_json({"fingerprint": said.fingerprint, "approved": said.approved, "time": said.time, "who": said.who})
     else:
-        click.echo(f"run {said.fingerprint}: {'approved' if said.approved else 'rejected'} by {_visible(said.who)}")
+        click.echo(f"run {said.fingerprint}: {'approved' if said.approved else 'rejected'} by {shown(said.who)}")
     return 0
 
 
-@click.command(context_settings=_SETTINGS)
+@click.command(context_settings=SETTINGS)
 @_site
 @click.option("--next", "upcoming", is_flag=True, help="Show all of what would leave next, tensor by tensor.")
 @click.option(
@@ -84,7 +82,7 @@ def approve(fingerprint: str, path: Path | None, reject: bool, as_json: bool) ->
     metavar="[SHA256]",
     help="Let the reply go that is held; with several, the one whose SHA-256 begins so.",
 )
-@_as_json
+@as_json
 def outbox(path: Path | None, upcoming: bool, release: str | None, as_json: bool) -> int:
     """See what is to leave the site before it does, and let it go where [policy] review = true.
 
@@ -111,10 +109,10 @@ def outbox(path: Path | None, upcoming: bool, release: str | None, as_json: bool
     return 0
 
 
-@click.command(context_settings=_SETTINGS)
+@click.command(context_settings=SETTINGS)
 @_place
 @_site
-@_as_json
+@as_json
 def ledger(place: Path | None, path: Path | None, as_json: bool) -> int:
     """Say what of its patients' privacy the site has spent, over all runs, and what is left.
 
@@ -128,16 +126,16 @@ def ledger(place: Path | None, path: Path | None, as_json: bool) -> int:
 
     statement = oversight.statement(_config(path, place))
     if as_json:
-        _print_json(statement)
+        print_json(statement)
     else:
         _show_ledger(statement)
     return 0
 
 
-@click.command(context_settings=_SETTINGS)
+@click.command(context_settings=SETTINGS)
 @_place
 @_site
-@_as_json
+@as_json
 def selftest(place: Path | None, path: Path | None, as_json: bool) -> int:
     """Test on this machine that what privacy rests on works: gradients, clipping, noise, the ledger.
 
@@ -156,16 +154,16 @@ def selftest(place: Path | None, path: Path | None, as_json: bool) -> int:
     passed = all(check.passed for check in checks)
     if as_json:
         found = [{"name": check.name, "passed": bool(check.passed), "said": check.said} for check in checks]
-        _print_json({"passed": passed, "checks": found})
+        print_json({"passed": passed, "checks": found})
     else:
         for check in checks:
-            click.echo(f"{'pass' if check.passed else 'FAIL'}  {_visible(check.name)}: {_visible(check.said)}")
+            click.echo(f"{'pass' if check.passed else 'FAIL'}  {shown(check.name)}: {shown(check.said)}")
     return 0 if passed else 1
 
 
-@click.group(cls=_Trail, context_settings=_SETTINGS, invoke_without_command=True)
+@click.group(cls=_Trail, context_settings=SETTINGS, invoke_without_command=True)
 @_site
-@_as_json
+@as_json
 @click.pass_context
 def audit(ctx: click.Context, path: Path | None, as_json: bool) -> int:
     """Look at the trail of what was done with the site's data; without a command, at its last events.
@@ -184,10 +182,10 @@ def audit(ctx: click.Context, path: Path | None, as_json: bool) -> int:
     return 0
 
 
-@audit.command(context_settings=_SETTINGS)
+@audit.command(context_settings=SETTINGS)
 @_place
 @_site
-@_as_json
+@as_json
 @click.pass_obj
 def verify(outer: Path | None, place: Path | None, path: Path | None, as_json: bool) -> int:
     """Check that no line of the audit trail was changed, moved or taken out.
@@ -206,20 +204,20 @@ def verify(outer: Path | None, place: Path | None, path: Path | None, as_json: b
     torn = sum(entry.event == TORN for entry in entries)
     last = entries[-1].sha256 if entries else START
     if as_json:
-        _print_json({"entries": len(entries), "torn_lines": torn, "sha256": last})
+        print_json({"entries": len(entries), "torn_lines": torn, "sha256": last})
     else:
         click.echo(f"holds: {len(entries)} entries, of which {torn} record a line torn by a crash; last {last}")
     return 0
 
 
-@audit.command(context_settings=_SETTINGS)
+@audit.command(context_settings=SETTINGS)
 @_place
 @_site
 @click.option(
     "--output", type=click.Path(path_type=Path), required=True, metavar="DIR_OR_FILE", help="Where the export goes."
 )
 @click.option("--format", "wanted", type=click.Choice(["csv", "html", "both"]), help="[both, or as the file says]")
-@_as_json
+@as_json
 @click.pass_obj
 def export(
     outer: Path | None, place: Path | None, path: Path | None, output: Path, wanted: Format | None, as_json: bool
@@ -239,7 +237,7 @@ def export(
     config = _config(path or outer, place)
     done = oversight.export(config, output, wanted)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "files": [str(file) for file in done.files],
                 "entries": len(done.trail.entries),
@@ -250,7 +248,7 @@ def export(
         )
     else:
         for file in done.files:
-            click.echo(f"{_visible(str(file))}: {len(done.trail.entries)} events")
+            click.echo(f"{shown(str(file))}: {len(done.trail.entries)} events")
     return _ended(done.trail.wrong)
 
 
@@ -265,7 +263,7 @@ def _show_trail(config: SiteConfig, as_json: bool) -> int:
     latest = [oversight.event(number, entry) for number, entry in list(enumerate(found.entries, 1))[-_LATEST:]]
     if as_json:
         counts = {"entries": len(found.entries), "holds": not found.wrong, "wrong": found.wrong or None}
-        _print_json({**counts, "sha256": found.last, "latest": latest})
+        print_json({**counts, "sha256": found.last, "latest": latest})
         return _ended(found.wrong)
     rows = [(str(one["number"]), one["time"], one["event"], one["meaning"], one["in_words"]) for one in latest]
     _rows("The last events", ("no.", "time (UTC)", "event", "meaning", "facts"), rows)
@@ -276,7 +274,7 @@ def _show_trail(config: SiteConfig, as_json: bool) -> int:
 def _ended(wrong: str) -> int:
     """Return the exit code of what looked at a trail, and say what is wrong with it."""
     if wrong:
-        click.echo(f"consilium: {_visible(wrong)}", err=True)
+        click.echo(f"consilium: {shown(wrong)}", err=True)
     return 1 if wrong else 0
 
 
@@ -288,21 +286,21 @@ def _list_waiting(config: SiteConfig, as_json: bool) -> None:
         said = [
             {name: value for name, value in vars(one).items() if name != "asked"} for one in approval.decisions(config)
         ]
-        _print_json({"waiting": list(found), "decided": said})
+        print_json({"waiting": list(found), "decided": said})
         return
     if not found:
         click.echo("No run waits for approval.")
     for asked in found:
         for name, value in oversight.asked_in_words(asked):
-            click.echo(f"{name:<20} {_visible(value)}")
+            click.echo(f"{name:<20} {shown(value)}")
         command = f"consilium site approve {asked['fingerprint'][:12]}"
-        click.echo(f"{'to let it':<20} {command} --site {_visible(str(config.path))}")
-        click.echo(f"{'to refuse it':<20} {command} --reject --site {_visible(str(config.path))}\n")
+        click.echo(f"{'to let it':<20} {command} --site {shown(str(config.path))}")
+        click.echo(f"{'to refuse it':<20} {command} --reject --site {shown(str(config.path))}\n")
 
 
 def _show_letters(letters: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     if as_json:
-        _print_json({"replies": list(letters)})
+        print_json({"replies": list(letters)})
         return
     if not letters:
         click.echo("Nothing is in the outbox.")
@@ -320,7 +318,7 @@ def _standing(letter: Mapping[str, Any]) -> str:
 
 def _show_released(released: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json(released)
+        print_json(released)
     else:
         click.echo(
             f"released: the answer to {released['kind']}, {released['bytes']} bytes, SHA-256 {released['sha256']}"
@@ -329,17 +327,15 @@ def _show_released(released: Mapping[str, Any], as_json: bool) -> None:
 
 def _show_upcoming(letter: Mapping[str, Any] | None, as_json: bool) -> None:
     if as_json:
-        _print_json({"next": letter})
+        print_json({"next": letter})
         return
     if letter is None:
         click.echo("Nothing is about to leave.")
         return
-    click.echo(
-        f"The answer to {_visible(letter['kind'])} of run {letter['run'][:12] or 'none'}, made {letter['time']}:"
-    )
+    click.echo(f"The answer to {shown(letter['kind'])} of run {letter['run'][:12] or 'none'}, made {letter['time']}:")
     click.echo(f"  {_count(letter['bytes'])} bytes, SHA-256 {letter['sha256']}")
     if not letter["readable"]:
-        click.echo(f"  {_visible(letter['reason'])}")
+        click.echo(f"  {shown(letter['reason'])}")
         return
     rows = [_tensor(one) for array in letter["arrays"] for one in (array, *array.get("parts", ()))]
     _rows("Arrays", ("name", "type", "shape", "L2 norm", "bytes", "SHA-256"), rows, "lllrrl")
@@ -405,15 +401,13 @@ def _rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], sid
     from rich.table import Table
     from rich.text import Text
 
-    from client.cli import console
-
     if not rows:
         return
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, side in zip(columns, sides or "l" * len(columns), strict=True):
         table.add_column(name, justify="right" if side == "r" else "left", overflow="fold", no_wrap=side == "r")
     for row in rows:
-        table.add_row(*(Text(_visible(text)) for text in row))
+        table.add_row(*(Text(shown(text)) for text in row))
     console().print(table)
 
 
@@ -434,13 +428,3 @@ def _user() -> str:
         who = str(os.getuid())
     behind = os.environ.get("SUDO_USER")
     return f"{behind} as {who}" if behind and behind != who else who
-
-
-def _visible(text: str) -> str:
-    from client.report.wording import encodable, visible
-
-    return visible(encodable(text))
-
-
-def _print_json(value: Mapping[str, Any]) -> None:
-    click.echo(json.dumps(value, allow_nan=False))

@@ -25,10 +25,10 @@ from torch import Tensor
 from client.clipping import Clipper
 from client.features import Features
 from client.noise import Noise, add_noise
-from client.training import Pool, add_proximal_gradient, learning_rate, optimizer_of, steps_per_round
+from client.training import Pool, add_proximal_gradient, learning_rate, optimizer_of
 from common.backbone import Upper
 from common.model import norm_statistics
-from common.run_config import Training, base_lr
+from common.run_config import Training, base_lr, steps_per_round
 
 RECORDS = {"head": 4096, "deep": 48}
 """Most records whose gradients are computed at a time: what bounds memory, whatever a draw holds."""

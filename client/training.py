@@ -21,7 +21,7 @@ from torch.nn import functional
 from client.features import Features
 from common.backbone import Upper
 from common.model import norm_statistics
-from common.run_config import Training, base_lr
+from common.run_config import Training, base_lr, steps_per_round
 from common.seeds import derive
 
 
@@ -52,18 +52,6 @@ def learning_rate(training: Training, base: float, progress: float) -> float:
     if training.schedule == "constant":
         return base
     return base * 0.5 * (1 + math.cos(math.pi * (progress - training.warmup) / (1 - training.warmup)))
-
-
-def steps_per_round(training: Training, drawn: int) -> int:
-    """Return the optimiser steps of one round at a site; none without examples.
-
-    Args:
-        training: the run's section.
-        drawn: what one pass visits: the examples, or their patients.
-    """
-    if training.local_steps is not None and drawn:
-        return training.local_steps
-    return (training.local_epochs or 1) * math.ceil(drawn / training.batch_size)
 
 
 def fit(

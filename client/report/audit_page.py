@@ -6,14 +6,11 @@ It is written generically over the facts of an entry, whatever their names, so t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from client import audit, chain
-from client.report.wording import DASH, grouped, plural, visible
+from client.report.template import template
+from client.report.wording import DASH, grouped, plural
 
 LEFT = ("reply", "sent")
 """Events that say that something left the hospital, or was made to."""
@@ -38,7 +35,7 @@ def render(
         unread: why not.
     """
     rows = [_row(number, entry) for number, entry in enumerate(entries, 1)]
-    text = _template().render(
+    text = template("audit.html.j2").render(
         site=site,
         wrong=wrong,
         rows=rows,
@@ -107,22 +104,3 @@ def _is_digest(value: Any) -> bool:
 
 def _span(entries: Sequence[chain.Entry]) -> str:
     return f"{entries[0].time[:10]} to {entries[-1].time[:10]}" if entries else "no time"
-
-
-@cache
-def _template() -> jinja2.Template:
-    """Compile the page once; it is as constant as this file."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("audit.html.j2")
-
-
-def _shown(value: Any) -> Any:
-    return visible(value) if type(value) is str else value

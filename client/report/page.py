@@ -7,15 +7,11 @@ and taken away by `consilium site forget`.
 from __future__ import annotations
 
 from base64 import b64encode
-from functools import cache
-from pathlib import Path
-from typing import Any
-
-import jinja2
 
 from client.findings import Findings
 from client.report import sheet, tables
-from client.report.wording import grouped, plural, visible
+from client.report.template import template
+from client.report.wording import grouped, plural
 
 TALL = 20  # a longer table scrolls in its own area on a screen (never in print)
 
@@ -29,7 +25,7 @@ def render(found: Findings) -> str:
         for place in range(len(found.sheet))
     ]
     return (
-        _template()
+        template("check.html.j2")
         .render(
             found=found,
             tables=tables,
@@ -44,22 +40,3 @@ def render(found: Findings) -> str:
         )
         .lstrip()
     )
-
-
-@cache
-def _template() -> jinja2.Template:
-    """Compile the page once; it is as constant as this file."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("check.html.j2")
-
-
-def _shown(value: Any) -> Any:
-    return visible(value) if type(value) is str else value
