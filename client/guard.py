@@ -191,6 +191,10 @@ class Guard:
         """Return the number of training patients as it leaves the site."""
         return rounded(_patients(cohort), self.limits.digits)
 
+    def _told_rate(self, run: RunConfig, rate: float, cohort: Cohort) -> float:
+        """Return a sampling rate as it leaves: where the size is rounded, that of the rounded size."""
+        return rate if rate == 1 else min(1.0, run.training.batch_size / self.told_size(cohort))
+
     def offer(self, run: RunConfig, cohort: Cohort) -> dict[str, Any]:
         """Return the fields of a `Description` that tell of a private run, which is planned by that."""
         found = self.plan(run, cohort)
@@ -203,7 +207,7 @@ class Guard:
             "epsilon": found.epsilon,
             "spent": epsilon_so_far,
             "noise_multiplier": main.noise_multiplier,
-            "sampling_rate": main.sampling_rate,
+            "sampling_rate": self._told_rate(run, main.sampling_rate, cohort),
             "steps": sum(release.steps for release in found.releases),
             "steps_done": steps,
         }

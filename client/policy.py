@@ -15,13 +15,13 @@ for it alone knows of the other runs; `max_epsilon` and `max_delta` here refuse 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from client import approval
-from client.site_config import METRICS, PolicySection, SiteConfig, hours_of, known_coordinator
+from client.site_config import PolicySection, SiteConfig, hours_of, known_coordinator
 from common.errors import SiteRefusal
 from common.run_config import RunConfig
 
@@ -168,10 +168,7 @@ def _strategy(policy: PolicySection, run: RunConfig, _: Facts) -> str | None:
 
 
 def _metrics(policy: PolicySection, run: RunConfig, _: Facts) -> str | None:
-    """Judge what an evaluation sends: all of it, as long as a run does not name less."""
-    evaluation = getattr(run, "evaluation", None)
-    asked: Iterable[str] = METRICS if evaluation is None else evaluation.metrics
-    refused = (_among(policy, policy.metrics, "evaluation", name) for name in asked)
+    refused = (_among(policy, policy.metrics, "evaluation", name) for name in run.evaluation.metrics)
     return next((reason for reason in refused if reason), None)
 
 

@@ -182,6 +182,7 @@ class PrivateSite:
             class_weights=torch.from_numpy(np.array(frozen["class_weights"], np.float32)).to(features.device),
             patients=self.cohort.patients,
             noise=self.guard.noise,
+            size=self.guard.told_size(self.cohort),  # the scale of the noise would tell the exact one
         )
         return parameters.subtract(model.trainable_values(bench.upper), received), number
 

@@ -77,6 +77,7 @@ def fit(
     class_weights: Tensor,
     patients: NDArray[np.int64],
     noise: Noise,
+    size: int | None = None,
 ) -> PrivateFitted:
     """Train `upper` in place from the weights it holds.
 
@@ -91,6 +92,7 @@ def fit(
         class_weights: (K,) or (2, K) on the features' device; not from this site's counts alone, for they are data.
         patients: (N,) whose each example is.
         noise: where all randomness comes from.
+        size: the number of patients as it may be known, P; None: as it is.
 
     Raises:
         NotPrivate: the gradients of single records cannot be had.
@@ -111,7 +113,7 @@ def fit(
             group["lr"] = learning_rate(training, base_lr(training, deep=deep), progress)
         drawn = _drawn(pool, features.views, mechanism.sampling_rate, noise)
         sums = _clipped_sums(clipper, features, labels, class_weights, drawn, mechanism.clip)
-        _release(clipper, sums, mechanism, len(pool), noise)
+        _release(clipper, sums, mechanism, size or len(pool), noise)
         if mu:
             add_proximal_gradient(parameters, received, mu)
         optimizer.step()

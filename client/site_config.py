@@ -21,7 +21,7 @@ from common.address import Address, parse_address
 from common.errors import ConfigError
 from common.names import Name
 from common.presets import PRESETS, Preset
-from common.run_config import StrategyKind
+from common.run_config import METRICS, StrategyKind
 from common.strict import Section, read_toml, validated
 
 NAME = "site.toml"
@@ -29,9 +29,6 @@ NAME = "site.toml"
 
 SOCKET_BYTES = 107
 """The longest path of a unix socket (sun_path of Linux, less its end)."""
-
-METRICS = ("confusion", "histograms", "calibration", "losses")
-"""What an evaluation sends, by the name that a policy knows it by."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HOURS = re.compile(r"((?:[01][0-9]|2[0-3]):[0-5][0-9])-((?:[01][0-9]|2[0-3]):[0-5][0-9]|24:00)")
