@@ -158,50 +158,50 @@ class Hospital:
         """
         kind = KINDS[type(request)][0].rpartition(".")[2]
         try:
-            self._note_request(kind, request)
+            asked = ticket(request)
+            self._note_request(kind, asked)
             content = to_bytes(to_record(self.answer(request, progress)))
-            self._let_out(kind, request, content, progress)
+            self._let_out(kind, asked, getattr(request, "fingerprint", ""), content, progress)
             self._told = None
         except Exception as error:  # recorded, and raised on
             self._record(kind, error.code if isinstance(error, SiteRefusal) else "internal")
             raise
         return content
 
-    def _note_request(self, kind: str, request: Request) -> None:
+    def _note_request(self, kind: str, asked: str) -> None:
         """Put a request into the trail, once if it comes again and again."""
-        asked = ticket(request)
         if self._asked != asked:
             audit.append(self._config.audit, "request", {"kind": {kind: 1}, "sha256": asked})
             self._asked = asked
 
-    def _let_out(self, kind: str, request: Request, content: bytes, progress: Progress) -> None:
+    def _let_out(self, kind: str, asked: str, fingerprint: str, content: bytes, progress: Progress) -> None:
         """Write down what is about to leave, and wait for a person to look at it if the policy wants that.
+
+        Args:
+            kind: of the request.
+            asked: what it is called.
+            fingerprint: of its run; empty: it names none.
+            content: of the reply.
+            progress: told that somebody looks at it.
 
         Raises:
             SiteRefusal: `policy` if it is too large.
         """
         policy.check_reply(self._config.toml.policy, len(content))
-        fingerprint, names = getattr(request, "fingerprint", ""), self._names()
-        told = describe(content, {name: tuple(shape) for name, shape in names})
+        names = self._site.trained_shapes() if self._site is not None else []
+        told = describe(content, dict(names))
         if self._config.toml.policy.review and told["arrays"]:
-            self._await_release(kind, request, content, {"run": fingerprint, "names": names}, progress)
+            self._outbox.replace(asked, kind, content, {"run": fingerprint, "names": names})
+            self._await_release(asked, progress)
         sent = {"kind": {kind: 1}, "bytes": len(content), "sha256": told["sha256"], "tensors": _tensors(told)}
         audit.append(self._config.audit, "reply", {**sent, **self._spent(fingerprint)})
-        self._outbox.mark_sent(ticket(request))
+        self._outbox.mark_sent(asked)
 
-    def _await_release(
-        self, kind: str, request: Request, content: bytes, facts: Mapping[str, Any], progress: Progress
-    ) -> None:
+    def _await_release(self, asked: str, progress: Progress) -> None:
         """Hold a reply until a person has let it go; the coordinator is told that somebody looks at it."""
-        called = ticket(request)
-        self._outbox.replace(called, kind, content, facts)
-        while not self._outbox.is_released(called):
+        while not self._outbox.is_released(asked):
             progress("review", 0, 0)
             time.sleep(REVIEW_S)
-
-    def _names(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Return the names and shapes of what is trained, once the run's model is there."""
-        return self._site.trained_shapes() if self._site is not None else []
 
     def _spent(self, fingerprint: str) -> dict[str, Any]:
         """Return what the ledger says after a reply of a private run, and its head."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -79,6 +79,7 @@ class PrivateSite:
     labels: NDArray[Any]
     guard: Guard
     memory: Memory
+    names: Sequence[tuple[str, tuple[int, ...]]] = ()  # of what is trained, with shapes, for whoever looks at a reply
 
     def check(self, bench: Bench) -> None:
         """Refuse a model whose gradients cannot be told apart by patient, before any data are read.
@@ -247,7 +248,7 @@ class PrivateSite:
         if letter is None:
             facts, numbers = work()
             content = to_bytes(to_record(cast(Reply, expected(**facts))))
-            kept = {"run": self.run.fingerprint(), "reserved": list(numbers)}
+            kept = {"run": self.run.fingerprint(), "reserved": list(numbers), "names": list(self.names)}
             outbox.put(called, KINDS[type(request)][0], content, kept)
         else:
             self.guard.check(self.run, self.cohort)

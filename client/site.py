@@ -226,7 +226,8 @@ class Site:
     def _private(self, run: RunConfig) -> PrivateSite:
         from client.private_site import PrivateSite  # imports opacus, which takes a second
 
-        return PrivateSite(self.name, run, self.cohort, self._labels, self._guard, self._memory)
+        shapes = self.trained_shapes()
+        return PrivateSite(self.name, run, self.cohort, self._labels, self._guard, self._memory, shapes)
 
     def _private_statistics(self, run: RunConfig, request: PrivateStatistics) -> PrivateSums:
         bench, features = self._bench(run), self._features(run)

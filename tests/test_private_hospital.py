@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tomli_w
 
-from client import approval, audit, selftest, site_ledger
+from client import approval, audit, oversight, selftest, site_ledger
 from client.cohort import Cohort
 from client.founding import found_state
 from client.hospital import Hospital
@@ -56,6 +56,7 @@ class Play:
 
     def __init__(self, folder: Path, policy: dict[str, Any], **sections: Any) -> None:
         self.folder = folder
+        self.progress: Callable[[str, int, int], None] = lambda *_: None
         (folder / "images").mkdir(parents=True, exist_ok=True)
         values = {
             "site": {"name": "north"},
@@ -74,7 +75,7 @@ class Play:
         self.hospital = Hospital(self.config, lambda _progress: self.cohort())
 
     def say(self, request: Request, expected: type[Any]) -> Any:
-        content = self.hospital.work(request, lambda *_: None)
+        content = self.hospital.work(request, self.progress)
         self.content = content
         return from_record(from_bytes(content), expected)
 
@@ -372,6 +373,27 @@ def test_a_run_that_is_over_leaves_no_replies_behind(play: Play) -> None:
     assert list((play.config.state / "outbox").glob("*.reply"))
     play.say(Finish(play.name, "completed"), _done())
     assert not list((play.config.state / "outbox").glob("*.reply"))
+
+
+def test_a_reply_waits_until_a_person_has_seen_every_tensor_of_it_and_let_it_go(tmp_path: Path) -> None:
+    play = Play(tmp_path, {"review": True})
+    seen: list[dict[str, Any]] = []
+
+    def look(phase: str, _done: int, _total: int) -> None:
+        if phase == "review":
+            found = oversight.upcoming(play.config)
+            assert found is not None
+            seen.append(found)
+            oversight.release(play.config, found["sha256"])
+
+    play.progress = look
+    play.begin()
+    play.train(1)
+    *_, shown = seen
+    (weights,) = (array for array in shown["arrays"] if array["name"] == "weights")
+    assert [part["name"] for part in weights["parts"]] == ["head.linear.bias", "head.linear.weight"]
+    assert shown["bytes"] == len(play.content) and oversight.upcoming(play.config) is None
+    assert len(play.events("released")) == len(seen)
 
 
 def test_the_trail_holds_no_text(play: Play) -> None:
