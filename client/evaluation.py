@@ -19,6 +19,8 @@ from common.multilabel import LabelwiseEvaluation
 
 LOSSES = ("brier", "log_loss")
 
+_LARGEST = 1e30
+
 CHUNK = 256
 """Examples a forward pass."""
 
@@ -35,11 +37,33 @@ def logits(upper: Upper, features: Features, indices: NDArray[np.int64]) -> NDAr
 
 
 def evaluate(
-    upper: Upper, features: Features, labels: NDArray[Any], indices: NDArray[np.int64], edges: NDArray[np.float64]
+    upper: Upper,
+    features: Features,
+    labels: NDArray[Any],
+    indices: NDArray[np.int64],
+    edges: NDArray[np.float64],
+    *,
+    lenient: bool = False,
 ) -> Evaluation | LabelwiseEvaluation:
-    """Return the additive statistics of these examples on the shared edges; `labels` are those of a cohort."""
+    """Return the additive statistics of these examples on the shared edges.
+
+    Args:
+        upper: with the weights to be judged.
+        features: of the site's examples.
+        labels: of a cohort.
+        indices: the examples.
+        edges: of the histograms.
+        lenient: whether logits that are no numbers count as 0, for counts under noise: that weights blow one patient's
+            image up must not end in an error that tells of it.
+
+    Raises:
+        ValueError: a logit is no finite number, and that is not overlooked.
+    """
     count = metrics.evaluate if labels.ndim == 1 else multilabel.evaluate
-    found: Evaluation | LabelwiseEvaluation = count(logits(upper, features, indices), labels[indices], edges)
+    judged = logits(upper, features, indices)
+    if lenient:
+        judged = np.clip(np.nan_to_num(judged, posinf=0.0, neginf=0.0), -_LARGEST, _LARGEST)
+    found: Evaluation | LabelwiseEvaluation = count(judged, labels[indices], edges)
     return found
 
 

@@ -56,6 +56,7 @@ class Guard:
     outbox: Outbox
     limits: Limits = Limits()
     noise: Noise = field(default_factory=Noise)
+    _plans: dict[tuple[str, int], Plan] = field(default_factory=dict, init=False, compare=False)  # by run and size
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -75,7 +76,7 @@ class Guard:
         Raises:
             SiteRefusal: `target`, `budget`, `cohort_changed` or `ledger`; the site's own log says it in full.
         """
-        fingerprint, found = run.fingerprint(), _planned(run, cohort)
+        fingerprint, found = run.fingerprint(), self.plan_of(run, cohort)
         try:
             check_budget(
                 self.ledger,
@@ -97,6 +98,18 @@ class Guard:
             raise _refused(error.code, str(error)) from None
         _log.info("run %s takes %s of this site's patients", fingerprint[:12], described(found))
         return found
+
+    def plan_of(self, run: RunConfig, cohort: Cohort) -> Plan:
+        """Return what a run takes of a cohort, worked out once.
+
+        Raises:
+            SiteRefusal: `target`.
+        """
+        key = run.fingerprint(), _patients(cohort)
+        if key not in self._plans:
+            self._plans.clear()  # a site is in one run at a time
+            self._plans[key] = _planned(run, cohort)
+        return self._plans[key]
 
     def reserve(self, run: RunConfig, cohort: Cohort, purpose: str, release: Release) -> int:
         """Take privacy for what is about to be drawn, and return the number of the entry.

@@ -30,6 +30,8 @@ from common.run_config import TaskKind
 
 Vector = NDArray[np.float64]
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 RECORD_NORM = math.sqrt(STAGE_NORM**2 + 1)
 """Norm of what the head's layer reads of an image, the bias among it."""
 
@@ -54,7 +56,23 @@ def records(inputs: Vector) -> Vector:
         >>> records(np.array([[3.6, 4.8]])).round(3)
         array([[0.592, 0.789, 0.164]])
     """
-    return np.hstack([inputs, np.ones((len(inputs), 1))]) / RECORD_NORM
+    return np.hstack([bounded(inputs), np.ones((len(inputs), 1))]) / RECORD_NORM
+
+
+def bounded(inputs: Vector) -> Vector:
+    """Return rows of head inputs, (n, W), of which none is longer than 6, whatever the weights made of an image.
+
+    Weights that somebody chose can blow one image up beyond all floats: its row is 0, or the sum would say so.
+
+    Examples:
+        >>> bounded(np.array([[np.inf, 1.0], [30.0, 40.0], [3.0, 0.0]]))
+        array([[0. , 0. ],
+               [3.6, 4.8],
+               [3. , 0. ]])
+    """
+    told = (np.abs(inputs) <= _LARGEST).all(axis=1, keepdims=True)  # a NaN fails every comparison
+    kept = np.where(told, inputs, 0.0)
+    return np.asarray(kept / np.maximum(np.linalg.norm(kept, axis=1, keepdims=True) / STAGE_NORM, 1.0))
 
 
 def single_targets(labels: NDArray[np.int64], count: int) -> Vector:
@@ -97,7 +115,7 @@ def totals(inputs: Vector, shares: Vector) -> Noisy:
         inputs: (n, W) of the head, not centred, of norm at most 6.
         shares: (n,) as for `sums`.
     """
-    return Noisy(shares @ inputs / STAGE_NORM, np.zeros(0), np.zeros((0, 0)))
+    return Noisy(shares @ bounded(inputs) / STAGE_NORM, np.zeros(0), np.zeros((0, 0)))
 
 
 def centre(pooled: Noisy, noise: float, patients: int, stages: Sequence[int]) -> NDArray[np.float32]:

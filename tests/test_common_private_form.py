@@ -197,3 +197,17 @@ def test_each_stage_of_the_centre_is_drawn_to_zero(noise: float, patients: int, 
 def test_a_stage_without_anything_stays_at_zero() -> None:
     assert centred([0, 0, 1], 0.0, 3, (2, 1)).tolist() == [0, 0, 2]
     assert centred([0, 0, 1], 1e6, 3, (2, 1)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_an_image_that_weights_blow_up_does_not_show_in_a_sum(value: float) -> None:
+    """A coordinator chooses the weights below the head: what they make of one image must not pass through the noise."""
+    inputs = np.zeros((3, 4))
+    inputs[:, 0] = STAGE_NORM
+    hostile = inputs.copy()
+    hostile[1, 2] = value
+    shares, targets = np.ones(3), single_targets(np.array([0, 1, 0]), 2)
+    for one in (totals(hostile, shares), sums(records(hostile), targets, shares)):
+        assert all(np.isfinite(part).all() for part in one.__dict__.values())
+    assert np.linalg.norm(totals(hostile, shares).total - totals(inputs[[0, 2]], shares[:2]).total) <= 1 + 1e-12
+    assert (np.linalg.norm(records(hostile), axis=1) <= 1 + 1e-12).all()

@@ -283,6 +283,14 @@ def test_counts_under_noise_are_paid_for_by_the_patients_of_their_split(tmp_path
     assert play.ledger().releases() == ()  # training patients paid nothing
 
 
+def test_weights_that_blow_an_image_up_end_in_no_error_that_would_tell(tmp_path: Path) -> None:
+    wanted = {"privacy": {"histogram_epsilon": 1.0}, "evaluation": {"metrics": ("confusion", "histograms")}}
+    play = Play(tmp_path, {}, **wanted)
+    play.begin()
+    play.weights = {**play.weights, "head.linear.weight": np.full_like(play.weights["head.linear.weight"], 3e38)}
+    assert play.evaluate("test").confusion.shape == (2, 2)
+
+
 def test_a_small_cell_hides_its_split(tmp_path: Path) -> None:
     play = Play(tmp_path, {"min_cell": 3})
     said = play.begin()
