@@ -21,8 +21,8 @@ def lines(unit: str) -> set[str]:
     return set((DEPLOY / unit).read_text().splitlines())
 
 
-def test_there_are_three() -> None:
-    names = [f"consilium-{name}.service" for name in ("coordinator", "site-daemon", "site-link")]
+def test_there_are_four() -> None:
+    names = [f"consilium-{name}.service" for name in ("coordinator", "site-daemon", "site-link", "site-monitor")]
     assert [unit.name for unit in UNITS] == names
 
 
@@ -43,6 +43,19 @@ def test_systemd_takes_them(unit: Path, tmp_path: Path) -> None:
     assert said(copy, whole.replace("NoNewPrivileges=", "NoNewPrivilege=")) != []
 
 
+EXPOSURE = {"coordinator": 18, "site-daemon": 33, "site-link": 17, "site-monitor": 16}
+"""Tenths of what `systemd-analyze security` of systemd 252 counts. The daemon's are the GPU's devices and maps."""
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_they_are_exposed_to_little(unit: Path) -> None:
+    most = EXPOSURE[unit.stem.removeprefix("consilium-")]
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", f"--threshold={most}", str(unit)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "Overall exposure level" in done.stdout, done.stdout[-200:] + done.stderr
+
+
 def test_neither_user_of_a_site_can_do_what_the_other_does() -> None:
     link, daemon = lines("consilium-site-link.service"), lines("consilium-site-daemon.service")
     assert {"User=consilium-link", "NoNewPrivileges=yes", "ProtectSystem=strict", "PrivateDevices=yes"} <= link
@@ -52,6 +65,12 @@ def test_neither_user_of_a_site_can_do_what_the_other_does() -> None:
     assert "InaccessiblePaths=-/var/lib/consilium-link" in daemon
     for unit in UNITS:
         assert "RestartPreventExitStatus=2" in lines(unit.name)
+
+
+def test_the_monitor_sees_no_key_and_no_network() -> None:
+    monitor = lines("consilium-site-monitor.service")
+    assert {"IPAddressDeny=any", "IPAddressAllow=localhost", "SocketBindDeny=any", "CapabilityBoundingSet="} <= monitor
+    assert any(line.startswith("InaccessiblePaths=") and "node.key" in line for line in monitor)
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
