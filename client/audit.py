@@ -7,6 +7,10 @@ Facts are numbers and digests under words, and of what left the names of the mod
 patient can get in.
 
 A crash can leave the last line torn. It stays as it is; the next event is preceded by `torn_line` with its hash.
+
+At `LIMIT` the file is sealed: it becomes `audit-000001.jsonl`, and the first line of the next `audit.jsonl` follows
+from its last one. So the files are one chain, of which none can be changed, swapped or taken out unseen; nothing is
+ever deleted. A crash between the two leaves no `audit.jsonl`, and the next event makes it.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +44,9 @@ EVENTS = {
 }
 """What can happen: event -> meaning."""
 
+LIMIT = 16_000_000
+"""Bytes from which a file is sealed: some ten runs, and a second to read."""
+
 TENSORS = "tensors"
 """The fact that tells what left: a tensor's name -> shape, L2 norm, SHA-256."""
 
@@ -50,7 +58,7 @@ _PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,119}")
 _DIGEST = re.compile(r"([0-9a-f]{16}){1,4}")
 
 
-def append(path: Path, event: str, facts: Facts) -> None:
+def append(path: Path, event: str, facts: Facts, limit: int = LIMIT) -> None:
     """Add an event to the trail, on disk when this returns.
 
     A trail that no longer holds is carried on from its last entry; `verify` goes on telling where it broke.
@@ -61,45 +69,163 @@ def append(path: Path, event: str, facts: Facts) -> None:
     """
     check(event, facts)
     try:
-        with chain.opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as handle:
-            content, _ = chain.continuation(chain.find_end(handle, check), event, facts)
-            chain.write(handle, content)
+        while not _appended(path, event, facts, limit):
+            pass  # the file was full, and is sealed now
     except OSError as error:
         raise ConsiliumError(f"{path}: the audit trail cannot be written ({error.strerror})") from None
-    chain.sync(path.parent)
 
 
 def read(path: Path) -> tuple[Entry, ...]:
     """Return all entries of a trail that holds.
 
     Raises:
-        ConsiliumError: there is none, or a line does not hold; the message has its number.
+        ConsiliumError: there is none, or a line does not hold; the message has its file and number.
     """
-    try:
-        with chain.opened(path, os.O_RDONLY) as handle:
-            trail = chain.parse(chain.read(handle), check)
-    except OSError as error:
-        raise ConsiliumError(f"{path}: the audit trail cannot be read ({error.strerror})") from None
-    if trail.wrong is not None:
-        raise ConsiliumError(
-            f"{path}: line {trail.wrong} does not hold: it was changed, or a line before it taken out; "
-            "keep the file as it is and compare it with your backup"
-        )
-    if trail.end.torn:
-        raise ConsiliumError(
-            f"{path}: what follows entry {len(trail.entries)} is cut short, as a crash leaves it; "
-            "all before it holds, and the next event will record it"
-        )
-    return trail.entries
+    entries, wrong = held(path)
+    if wrong:
+        raise ConsiliumError(wrong)
+    return entries
+
+
+def held(path: Path) -> tuple[tuple[Entry, ...], str]:
+    """Return the entries of a trail up to where it holds, and what is wrong there; an empty text: nothing.
+
+    Raises:
+        ConsiliumError: there is no trail, or it cannot be read.
+    """
+    entries: list[Entry] = []
+    wrong, head = "", chain.START
+    with _files(path) as files:
+        for file in files:
+            found = _parsed(file, head)
+            entries.extend(found.entries)
+            if wrong := _wrong(file, found, ended=file != path):
+                break
+            head = found.end.head
+    return tuple(entries), wrong
+
+
+def latest(path: Path) -> Iterator[Entry]:
+    """Yield the entries of a trail from the last one back; files that are not reached are not read.
+
+    Raises:
+        ConsiliumError: there is none, or a line of what was read does not hold.
+    """
+    expected = None
+    with _files(path) as files:
+        for file in reversed(files):
+            found = _parsed(file, None)
+            wrong = _wrong(file, found, ended=file != path)
+            if wrong or expected not in (None, found.end.head):
+                raise ConsiliumError(wrong or _broken(file, len(found.entries) + 1))
+            yield from reversed(found.entries)
+            expected = found.entries[0].previous if found.entries else expected
+        if expected not in (None, chain.START):
+            raise ConsiliumError(_broken(files[0], 1))
 
 
 def verify(path: Path) -> int:
     """Return the number of entries of a trail that holds.
 
     Raises:
-        ConsiliumError: there is none, or a line does not hold; the message has its number.
+        ConsiliumError: there is none, or a line does not hold; the message has its file and number.
     """
     return len(read(path))
+
+
+def sealed(path: Path) -> list[Path]:
+    """Return the sealed files of a trail, the oldest first."""
+    return sorted(path.parent.glob(f"{path.stem}-{'[0-9]' * 6}{path.suffix}"))
+
+
+def _appended(path: Path, event: str, facts: Facts, limit: int) -> bool:
+    """Add an event, or seal the file if it is full, and return whether it was added."""
+    with _current(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as handle:
+        end = chain.find_end(handle, check, _sealed_head(path))
+        if os.fstat(handle).st_size >= limit and not (end.torn or end.open):
+            path.rename(_next_sealed(path))
+            chain.sync(path.parent)
+            return False
+        content, _ = chain.continuation(end, event, facts)
+        chain.write(handle, content)
+    chain.sync(path.parent)
+    return True
+
+
+@contextmanager
+def _current(path: Path, flags: int) -> Iterator[int]:
+    """Open the file that is written now: while it was waited for, another process may have sealed it."""
+    with ExitStack() as stack:
+        handle = stack.enter_context(chain.opened(path, flags))
+        while not _is_at(path, handle):
+            stack.close()
+            handle = stack.enter_context(chain.opened(path, flags))
+        yield handle
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(follow_symlinks=False), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _next_sealed(path: Path) -> Path:
+    older = sealed(path)
+    number = int(older[-1].stem[-6:]) + 1 if older else 1  # not their count: none may be written over
+    return path.with_name(f"{path.stem}-{number:06d}{path.suffix}")
+
+
+def _sealed_head(path: Path) -> str:
+    """Return what the first line of the file that is written now follows from."""
+    older = sealed(path)
+    if not older:
+        return chain.START
+    with chain.opened(older[-1], os.O_RDONLY) as handle:
+        return chain.find_end(handle, check).head
+
+
+@contextmanager
+def _files(path: Path) -> Iterator[list[Path]]:
+    """Yield the files of a trail, the oldest first; none is sealed as long as they are looked at."""
+    try:
+        with ExitStack() as stack:
+            written = [path]
+            try:
+                stack.enter_context(_current(path, os.O_RDONLY))
+            except FileNotFoundError:
+                if not sealed(path):
+                    raise
+                written = []  # a crash came between two files
+            yield [*sealed(path), *written]
+    except OSError as error:
+        raise ConsiliumError(f"{path}: the audit trail cannot be read ({error.strerror})") from None
+
+
+def _parsed(file: Path, head: str | None) -> chain.Chain:
+    with chain.opened(file, os.O_RDONLY) as handle:
+        return chain.parse(chain.read(handle), check, head)
+
+
+def _wrong(file: Path, found: chain.Chain, *, ended: bool) -> str:
+    """Return what is wrong with a file; a crash leaves none torn that is sealed."""
+    if found.wrong is not None:
+        return _broken(file, found.wrong)
+    if ended and (found.end.torn or found.end.open):
+        return _broken(file, len(found.entries) + bool(found.end.torn))
+    if found.end.torn:
+        return (
+            f"{file}: what follows entry {len(found.entries)} is cut short, as a crash leaves it; "
+            "all before it holds, and the next event will record it"
+        )
+    return ""
+
+
+def _broken(file: Path, line: int) -> str:
+    return (
+        f"{file}: line {line} does not hold: it was changed, or a line before it taken out; "
+        "keep the file as it is and compare it with your backup"
+    )
 
 
 def check(event: str, facts: Facts) -> None:

@@ -97,8 +97,8 @@ def read(handle: int, start: int = 0) -> bytes:
     return b"".join(parts)
 
 
-def parse(content: bytes, check: Check) -> Chain:
-    """Return what a file holds.
+def parse(content: bytes, check: Check, head: str | None = START) -> Chain:
+    """Return what a file holds, whose first line follows from `head`; None: from whatever it says itself.
 
     Lines that are no entries may only be there if the entry after them says that they were torn, and names their hash.
     An entry that does not follow from those before breaks the chain for good: no later line can explain it.
@@ -110,20 +110,27 @@ def parse(content: bytes, check: Check) -> Chain:
     broken = False
     for number, line in enumerate([*lines, tail] if tail else lines, 1):
         entry = _entry(line, check)
-        if entry and not broken and _follows(entry, entries, odd):
+        head = entry.previous if entry and head is None else head
+        if entry and not broken and _follows(entry, head, odd):
             entries.append(entry)
+            head = entry.sha256
             odd.clear()
             continue
         broken = broken or entry is not None
         first = first if odd else number
         odd.append(line)
     torn = b"\n".join(odd) if tail and not broken else b""
-    head = entries[-1].sha256 if entries else START
-    return Chain(tuple(entries), first if odd and not torn else None, End(head, torn, bool(tail)))
+    return Chain(tuple(entries), first if odd and not torn else None, End(head or START, torn, bool(tail)))
 
 
-def find_end(handle: int, check: Check) -> End:
-    """Return what has to be known of a file to carry it on, from as much of its end as that takes."""
+def find_end(handle: int, check: Check, head: str = START) -> End:
+    """Return what has to be known of a file to carry it on, from as much of its end as that takes.
+
+    Args:
+        handle: the file.
+        check: of its entries.
+        head: what its first line follows from.
+    """
     size, block = os.fstat(handle).st_size, _BLOCK
     while True:
         start = max(0, size - block)
@@ -134,7 +141,7 @@ def find_end(handle: int, check: Check) -> End:
                 return _end(entry.sha256, after[::-1])
             after.append(lines.pop())
         if start == 0:
-            return _end(START, after[::-1])
+            return _end(head, after[::-1])
         block *= 4
 
 
@@ -213,8 +220,8 @@ def _check_time(text: str) -> None:
     datetime.fromisoformat(text)
 
 
-def _follows(entry: Entry, entries: list[Entry], odd: list[bytes]) -> bool:
-    if entry.previous != (entries[-1].sha256 if entries else START):
+def _follows(entry: Entry, head: str | None, odd: list[bytes]) -> bool:
+    if entry.previous != head:
         return False
     if not odd:
         return entry.event != TORN

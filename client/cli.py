@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from client.cli_output import SETTINGS, as_json, console, print_json, shown
+from client.doctor_cli import doctor
 from client.oversight_cli import COMMANDS
 from common.cli import Group, once_up
 
@@ -245,32 +246,45 @@ def up(path: Path, as_json: bool, quiet: bool) -> int:
 
 @site.command(context_settings=SETTINGS)
 @click.argument("path", metavar="[SITE.TOML]", type=_SITE_TOML, default="site.toml")
+@click.option("--watch", "-w", is_flag=True, help="Go on showing it, until Ctrl-C.")
 @as_json
-def status(path: Path, as_json: bool) -> int:
-    """Say how the site stands: what is wrong, and what to do about it.
+def status(path: Path, watch: bool, as_json: bool) -> int:
+    """Say how the site stands: what is wrong, and what to do about it; then what it is at.
 
     \b
     Example:
       consilium site status radiology/site.toml
+      consilium site status radiology/site.toml --watch
 
+    With --watch again and again until Ctrl-C; with --json as well, one document a line, a line for each change.
     Exit code: 0 nothing is wrong, 1 something is, 2 wrong configuration.
     """  # noqa: D301
+    from client import balance, status_view
     from client import status as standing
     from client.site_config import read_any_site
 
     config = read_any_site(path)
-    found = standing.status(config, standing.ask(config))
+    spent = balance.watched(config)
+
+    def read() -> dict[str, Any]:
+        return {**standing.status(config, standing.ask(config)).document(), "privacy": spent()}
+
+    if watch:
+        from common.live import follow
+
+        return (
+            0 if follow(read, status_view.view, console(), as_json=as_json, moving=status_view.MOVING)["healthy"] else 1
+        )
+    found = read()
     if as_json:
-        print_json(found.document())
+        print_json(found)
     else:
-        for finding in found.findings:
-            click.echo(f"{finding.about:<12} {finding.level:<8} {shown(finding.sentence)}")
-            if finding.remedy:
-                click.echo(f"{'':<21} {shown(finding.remedy)}")
-    return 0 if found.healthy else 1
+        for line in status_view.lines(found):
+            click.echo(shown(line))
+    return 0 if found["healthy"] else 1
 
 
-for _command in COMMANDS:
+for _command in (*COMMANDS, doctor):
     site.add_command(_command)
 
 

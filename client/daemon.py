@@ -40,6 +40,7 @@ from client.relay import KIND, LIMITS, PATIENCE_S, PROTOCOL, SERVICE, address, h
 from client.site_config import SOCKET_BYTES, SiteConfig, read_site
 from common.errors import ConfigError, ConsiliumError, SiteRefusal, UsageError
 from common.locks import exclusive
+from common.logs import tell_end
 from common.messages import (
     REQUEST_OF,
     Collect,
@@ -155,6 +156,7 @@ class Daemon:
     def status(self) -> dict[str, Any]:
         """Return what the site is doing: words, counts and the name of the run."""
         working, phase, done, total, since = self._desk.status()
+        last = self._desk.last
         health = self._hospital.health()
         held, refused = health.tenure, health.refused
         return {
@@ -167,6 +169,7 @@ class Daemon:
             "done": done,
             "total": total,
             "since": since,
+            "last": {"phase": last[0], "seconds": last[1]} if last else None,
             "examples": health.examples,
             "device": health.device,
             "memory": _memory(health.device),
@@ -194,7 +197,7 @@ def serve(config: SiteConfig, open_cohort: OpenCohort | None = None) -> bool:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
     try:
-        site_log.set_up(config.state)
+        site_log.set_up(config.state, config.toml.logs.format, config.name)
         daemon = Daemon(config, open_cohort)
     except OSError as error:
         raise ConfigError(f"{config.state}: the site's state cannot be written ({error.strerror})") from None
@@ -286,13 +289,15 @@ def _check_device(config: SiteConfig) -> None:
 
 def main(arguments: list[str]) -> int:
     """Serve the site of a `site.toml`, and return the exit code."""
+    form = "text"
     try:
         if len(arguments) != 1:
             raise UsageError("usage: python -P -m client.daemon SITE.TOML")
-        ended = serve(read_site(Path(arguments[0])))
+        config = read_site(Path(arguments[0]))
+        form = config.toml.logs.format
+        ended = serve(config)
     except ConsiliumError as error:
-        print(f"consilium: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
+        return tell_end(form, "daemon", error)
     if not ended:
         sys.stderr.flush()
         os._exit(0)  # a thread is inside torch: Python's own way out would pull the ground from under it

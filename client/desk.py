@@ -85,6 +85,7 @@ class Desk:
         self._finished: deque[_Job] = deque(maxlen=KEPT)
         self._stage = ("", 0, 0)
         self._since = time.time()
+        self._last: tuple[str, float] | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="desk", daemon=True)
         self._thread.start()
@@ -134,6 +135,11 @@ class Desk:
         """Return whether there is work, its phase, what of how much is done, and since when (seconds since 1970)."""
         with self._changed:
             return self._current is not None, *self._stage, self._since
+
+    @property
+    def last(self) -> tuple[str, float] | None:
+        """The phase that the last piece of work ended in, and the seconds that it took; None before the first."""
+        return self._last
 
     def close(self, patience_s: float) -> bool:
         """Take no more work, end what is at work at its next progress, and return whether it ended in time."""
@@ -201,6 +207,7 @@ class Desk:
         finally:
             with self._changed:
                 job.work, job.content, job.refused, job.ended = None, content, refused, time.monotonic()
+                self._last = self._stage[0], time.time() - self._since
                 self._current, self._since = None, time.time()
                 self._stage = ("", 0, 0)
                 self._finished.append(job)

@@ -101,6 +101,12 @@ TEMPLATE = """\
 # device = "auto"                   # auto, cpu, cuda
 # threads = 4                       # processes that decode images; one a core by default
 # weights = ""                      # .safetensors file of pretrained weights: a run that uses them sends no trunk
+
+# [logs]
+# format = "text"                   # what daemon and link print; json: one object a line
+
+# [monitor]                         # metrics and health for Prometheus, on 127.0.0.1 alone
+# port = 0                          # such as 9464; 0: off
 """
 """Every key of `client.site_config`, explained."""
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from common.errors import ConfigError, UsageError
 
 CONNECTIONS = 16
-"""Connections that are carried at a time; one more is closed at once."""
+"""Connections of one user that are carried at a time; one more is closed at once, and no other user pays for it."""
 
 _CHUNK = 2**18
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
@@ -49,7 +49,7 @@ class Gate:
         self._allowed = allowed
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
-        self._threads: set[threading.Thread] = set()
+        self._threads: dict[threading.Thread, int] = {}  # and whose connection each carries
         self._closing = False
         self.turned_away = 0
         self._acceptor = threading.Thread(target=self._accept, name="gate", daemon=True)
@@ -77,22 +77,22 @@ class Gate:
                 if not self._closing:
                     time.sleep(0.05)  # no more files can be opened at the moment
                 continue
-            if self._admit(caller):
+            user = user_of(caller)
+            if self._admit(user):
                 thread = threading.Thread(target=self._carry, args=(caller,), name="gate", daemon=True)
                 with self._lock:
-                    self._threads.add(thread)
+                    self._threads[thread] = user
                 thread.start()
             else:
                 caller.close()
 
-    def _admit(self, caller: socket.socket) -> bool:
-        user = user_of(caller)
+    def _admit(self, user: int) -> bool:
         with self._lock:
             if user not in self._allowed:
                 self.turned_away += 1
                 _log.warning("user %d was turned away: not a peer of [site] peers", user)
                 return False
-            return len(self._threads) < CONNECTIONS
+            return sum(other == user for other in self._threads.values()) < CONNECTIONS
 
     def _carry(self, caller: socket.socket) -> None:
         inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -112,7 +112,7 @@ class Gate:
         finally:
             with self._lock:
                 self._open -= ends
-                self._threads.discard(threading.current_thread())
+                del self._threads[threading.current_thread()]
             caller.close()
             inner.close()
 

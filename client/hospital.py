@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from client import audit, erasure, examination, intake, policy
+from client import audit, erasure, examination, intake, policy, pruning
 from client.cohort import SPLITS, Cohort
 from client.desk import Progress
 from client.memory import Memory
@@ -187,7 +187,7 @@ class Hospital:
         Raises:
             SiteRefusal: `policy` if it is too large.
         """
-        policy.check_reply(self._config.toml.policy, len(content))
+        self._check_size(fingerprint, content)
         names = self._site.trained_shapes() if self._site is not None else []
         told = describe(content, dict(names))
         if self._config.toml.policy.review and told["arrays"]:
@@ -196,6 +196,14 @@ class Hospital:
         sent = {"kind": {kind: 1}, "bytes": len(content), "sha256": told["sha256"], "tensors": _tensors(told)}
         audit.append(self._config.audit, "reply", {**sent, **self._spent(fingerprint)})
         self._outbox.mark_sent(asked)
+
+    def _check_size(self, fingerprint: str, content: bytes) -> None:
+        """Refuse to let out a reply that is larger than the policy allows, and say so where a run's refusal is said."""
+        try:
+            policy.check_reply(self._config.toml.policy, len(content))
+        except policy.PolicyRefusal as error:
+            self._refused_by(error, fingerprint)
+            raise
 
     def _await_release(self, asked: str, progress: Progress) -> None:
         """Hold a reply until a person has let it go; the coordinator is told that somebody looks at it."""
@@ -250,12 +258,15 @@ class Hospital:
         try:
             policy.enforce(self._config, run, policy.facts_of(self._config, cohort), opened=cohort is not None)
         except policy.PolicyRefusal as error:
-            _log.warning("a run was refused: %s", error.reason)
-            self._decided(fingerprint, error.rule, allowed=False)
+            self._refused_by(error, fingerprint)
             raise
         self._run = run
         if cohort is not None:
             self._decided(fingerprint, policy.ALLOWED, allowed=True)
+
+    def _refused_by(self, error: policy.PolicyRefusal, fingerprint: str) -> None:
+        _log.warning("a run was refused: %s", error.reason)
+        self._decided(fingerprint, error.rule, allowed=False)
 
     def _decided(self, fingerprint: str, rule: str, *, allowed: bool) -> None:
         """Put a decision and the rule that made it into the trail, once as long as it stays the same."""
@@ -279,7 +290,7 @@ class Hospital:
             self._end(held.fingerprint if held else "")
             self._let_in()
         reply = self._at_work(progress, lambda site: self._described(site, request, run))
-        self._tenancy.begin(fingerprint, run.task.name, run.sites.deadline_s)
+        self._tenancy.begin(fingerprint, run.task.name, run.sites.deadline_s, run.training.rounds)
         if held is None or held.fingerprint != fingerprint:
             audit.append(self._config.audit, "run", {"fingerprint": fingerprint, "described": 1})
             _log.info("in run %s", fingerprint[:12])
@@ -290,6 +301,7 @@ class Hospital:
         reply = site.handle(request)
         fingerprint = run.fingerprint()
         _write_members(self._config, fingerprint, site.cohort.digests)
+        pruning.prune(self._config, self._outbox, run)
         return reply
 
     def _end(self, fingerprint: str, status: str = "") -> None:

@@ -36,6 +36,7 @@ from client.relay import Relay
 from client.site_config import Coordinator, SiteConfig, read_any_site
 from common.errors import ConfigError, ConsiliumError
 from common.locks import exclusive
+from common.logs import set_up, tell_end
 from common.messages import refusal
 from common.node_key import PrivateKey, read_key
 
@@ -121,9 +122,9 @@ class _Link:
         wait = self._wait * random.uniform(0.5, 1.0)  # so that all sites do not come back at once
         self._wait = min(2 * self._wait, LAST_WAIT)
         if code == "failed":
-            _log.exception("something unknown went wrong; trying again in %.1f s", wait)
+            _log.exception("something unknown went wrong; trying again in %.1f s", wait, extra={"code": code})
         else:
-            _log.warning("%s (%s); trying again in %.1f s", code, type(error).__name__, wait)
+            _log.warning("%s (%s); trying again in %.1f s", code, type(error).__name__, wait, extra={"code": code})
         self._status.say(code)
         self._stop.wait(wait)
 
@@ -208,18 +209,19 @@ def settings_of(config: SiteConfig) -> LinkSettings:
 
 def main() -> None:
     """Run the link of a `site.toml`: `python -P -m client.link SITE.TOML`."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, _end)
+    form = "text"
     try:
         if len(sys.argv) != 2:
             raise ConfigError("usage: python -P -m client.link SITE.TOML")
         config = read_any_site(Path(sys.argv[1]))
+        form = config.toml.logs.format
+        set_up(form, "link", "%(asctime)s %(levelname)s %(name)s: %(message)s", known=lambda: {"site": config.name})
         run(settings_of(config), make_relay(Relay(config.socket, config.name)))
     except ConsiliumError as error:
-        sys.stderr.write(f"consilium: {error}\n")
-        sys.exit(error.exit_code)
+        sys.exit(tell_end(form, "link", error))
 
 
 def _end(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -175,6 +175,8 @@ class StatusFile:
         """Set the state to one of `WORDS`."""
         with self._lock:
             if code == self._code:
+                if time.time() - self._written >= INTERVAL:  # a trouble that lasts is no sign that the link is stuck
+                    self._write()
                 return
             brief = {code, self._code} == {"connected", "working"}  # a message takes a moment, a disk's sync longer
             self._code, self._since = code, time.time()

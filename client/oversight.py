@@ -58,15 +58,7 @@ def trail(path: Path) -> Trail:
     Raises:
         ConsiliumError: there is none, or it cannot be read.
     """
-    try:
-        return Trail(audit.read(path), "")
-    except ConsiliumError as error:
-        try:
-            with chain.opened(path, os.O_RDONLY) as handle:
-                held = chain.parse(chain.read(handle), audit.check)
-        except OSError:
-            raise error from None
-        return Trail(held.entries, str(error))
+    return Trail(*audit.held(path))
 
 
 def export(config: SiteConfig, output: Path, wanted: Format | None) -> Exported:

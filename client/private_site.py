@@ -118,6 +118,7 @@ class PrivateSite:
                 "train_loss": 0.0,
                 "epsilon": epsilon,
                 "steps": steps,
+                "round": request.round,
             }
             return {**facts, **found}, (*looked, number)
 

@@ -20,7 +20,6 @@ from urllib.parse import quote
 import grpc
 
 from common.errors import SiteRefusal
-from common.messages import MalformedMessage, content_of, packed, refusal, unpacked
 
 PROTOCOL = 1
 """What both ends of the socket must agree on besides the version of the package."""
@@ -78,6 +77,8 @@ class Relay:
 
     def answer(self, kind: str, record: Records) -> Records:
         """Return the daemon's answer to a request, or a refusal: `unavailable`, `version_differs`, `malformed`."""
+        from common.messages import MalformedMessage, refusal, unpacked  # Flower, which a question for a status spares
+
         try:
             return unpacked(self.pass_on(kind, record))
         except MalformedMessage:
@@ -86,6 +87,8 @@ class Relay:
 
     def pass_on(self, kind: str, record: Records) -> Records:
         """Return the same as records that are packed, as they travel best: nobody has looked into them here."""
+        from common.messages import content_of, packed, refusal
+
         try:
             content = content_of(record)
         except Exception:  # noqa: BLE001  whatever came over the network: no record may stop the link

@@ -294,6 +294,7 @@ class Site:
             train_loss=fitted.loss,
             epsilon=0.0,
             steps=0,
+            round=request.round,
             **found,
         )
 

@@ -22,6 +22,7 @@ from common.errors import ConfigError
 from common.names import Name
 from common.presets import PRESETS, Preset
 from common.run_config import METRICS, StrategyKind
+from common.sections import LogsSection, MonitorSection
 from common.strict import Section, read_toml, validated
 
 NAME = "site.toml"
@@ -263,6 +264,8 @@ class SiteToml(Section):
     policy: PolicySection = PolicySection()
     coordinator: CoordinatorSection = CoordinatorSection()
     compute: ComputeSection = ComputeSection()
+    logs: LogsSection = LogsSection()
+    monitor: MonitorSection = MonitorSection()
 
 
 @dataclass(frozen=True)

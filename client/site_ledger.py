@@ -39,11 +39,11 @@ def owner(config: SiteConfig) -> str:
 
 def _witnesses(config: SiteConfig) -> Iterator[Witness]:
     """Yield the last head that the audit trail recorded; a trail that does not hold is told of by its own command."""
+    entries = audit.latest(config.audit)
+    heads = ((entry.facts.get("ledger_entries"), entry.facts.get("ledger_sha256")) for entry in entries)
     try:
-        entries = audit.read(config.audit)
+        found = next((head for head in heads if None not in head), None)
     except ConsiliumError:
         return
-    heads = ((entry.facts.get("ledger_entries"), entry.facts.get("ledger_sha256")) for entry in reversed(entries))
-    found = next((head for head in heads if None not in head), None)
     if found is not None:
         yield int(found[0] or 0), str(found[1])

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -34,6 +35,7 @@ class Tenure(Section):
     deadline_s: float = Field(gt=0)  # of silence, after which the site is free
     heard: float  # seconds since 1970
     round: int = 0  # the last that the site was asked for
+    rounds: int = 0  # of the run; 0: an earlier version wrote this
 
 
 class Tenancy:
@@ -68,7 +70,7 @@ class Tenancy:
             return True
         return self._now() - held.heard > held.deadline_s
 
-    def begin(self, fingerprint: str, name: str, deadline_s: float) -> None:
+    def begin(self, fingerprint: str, name: str, deadline_s: float, rounds: int = 0) -> None:
         """Give the site to a run.
 
         Raises:
@@ -77,9 +79,8 @@ class Tenancy:
         with self._lock:
             held = self._tenure
             number = held.round if held and held.fingerprint == fingerprint else 0
-            self._write(
-                Tenure(fingerprint=fingerprint, name=name, deadline_s=deadline_s, heard=self._now(), round=number)
-            )
+            facts: dict[str, Any] = {"name": name, "deadline_s": deadline_s, "round": number, "rounds": rounds}
+            self._write(Tenure(fingerprint=fingerprint, heard=self._now(), **facts))
 
     def hear(self, fingerprint: str, number: int | None = None) -> None:
         """Take note that a run asked for something, and for which round.

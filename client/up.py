@@ -1,4 +1,4 @@
-"""A site's two processes under one supervisor: the daemon, which owns the data, and the link, which owns the key."""
+"""A site's processes under one supervisor: the daemon, which owns the data, the link, which owns the key, a monitor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from client.authority import read_authority
 from client.site_config import SiteConfig
 from common.errors import ConfigError
+from common.logs import Supervising
 from common.node_key import read_key
 from common.supervisor import Child, supervise
 
@@ -22,11 +23,9 @@ def logs(config: SiteConfig) -> Path:
 
 
 def children(config: SiteConfig) -> tuple[Child, ...]:
-    """Return the processes of a site."""
-    return tuple(
-        Child(name, (sys.executable, "-P", "-m", f"client.{name}", str(config.path)), QUIET)
-        for name in ("daemon", "link")
-    )
+    """Return the processes of a site; a monitor only where it is to be watched."""
+    names = ("daemon", "link", *(("monitor",) if config.toml.monitor.port else ()))
+    return tuple(Child(name, (sys.executable, "-P", "-m", f"client.{name}", str(config.path)), QUIET) for name in names)
 
 
 def up(config: SiteConfig, report: Callable[[str], None] | None = None) -> None:
@@ -40,8 +39,10 @@ def up(config: SiteConfig, report: Callable[[str], None] | None = None) -> None:
         ConfigError: the site has no state yet, or a process cannot run as it is configured.
         ConsiliumError: the site is up already.
     """
-    check(config)
-    supervise(children(config), logs(config), report=report)
+    said = Supervising(config.toml.logs.format, report, config.name)
+    with said.ending():
+        check(config)
+        supervise(children(config), logs(config), report=said.tell)
 
 
 def check(config: SiteConfig) -> None:

@@ -57,6 +57,10 @@ class CheckpointError(ConsiliumError):
     """Saved state is missing, damaged, or belongs to another configuration."""
 
 
+class Interrupted(ConsiliumError):
+    """What a run rests on is away for now; it goes on from its last round once that is back."""
+
+
 class QuorumLost(ConsiliumError):
     """A round ended with fewer usable replies than the quorum."""
 

@@ -195,6 +195,7 @@ class Trained:
     log_loss: NDArray[np.float64]  # (1,)
     epsilon: float = 0.0  # of a private run: spent by it at this site so far
     steps: int = 0  # and its private steps so far
+    round: int = 0  # of the request that this answers: a reply of another round is none
 
 
 @dataclass(frozen=True)

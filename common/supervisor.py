@@ -25,6 +25,7 @@ from typing import IO, Any
 from common.errors import ConfigError, ConsiliumError, UsageError
 from common.files import write_json
 from common.locks import exclusive, holder
+from common.logs import event_of
 from common.rotated import Rotated
 
 FIRST_DELAY = 1.0
@@ -121,6 +122,7 @@ class _Process:
         self.process: subprocess.Popen[bytes] | None = None
         self.due = 0.0  # monotonic time of the next start
         self.last_line = ""
+        self._open: dict[int, bytes] = {}  # by pipe, what has no end of line yet
         self._tail = b""
         self._delay = FIRST_DELAY
         self._began = 0.0
@@ -160,10 +162,18 @@ class _Process:
             content = os.read(pipe.fileno(), _CHUNK)
         except BlockingIOError:
             return True
-        self.log.write(content)
+        self._log(pipe.fileno(), content)
         if self.process is not None and pipe is self.process.stderr:
             self._tail = (self._tail + content)[-_CHUNK:]
         return bool(content)
+
+    def _log(self, pipe: int, content: bytes) -> None:
+        """Write whole lines alone, so that none is cut in two where the log is put aside."""
+        whole, end, rest = (self._open.pop(pipe, b"") + content).rpartition(b"\n")
+        if content and len(rest) < _CHUNK:
+            self._open[pipe] = rest
+            rest = b""
+        self.log.write(whole + end + rest)
 
     def ended(self) -> bool:
         """Return whether the process has ended, without taking its number away from its group."""
@@ -182,6 +192,7 @@ class _Process:
         for pipe in self.pipes():
             while _readable(pipe) and self.read(pipe):
                 pass
+            self._log(pipe.fileno(), b"")
             pipe.close()
         lines = self._tail.decode("utf-8", "replace").strip().splitlines()
         self.last_line = lines[-1].strip() if lines else ""
@@ -279,7 +290,7 @@ class _Supervisor:
             code = entry.bury()
             self._write()
             if code == _MISCONFIGURED and not self._stopping:
-                said = entry.last_line.removeprefix("consilium: ") or "no word on standard error"
+                said = event_of(entry.last_line) or "no word on standard error"
                 raise ConfigError(f"{entry.child.name} cannot run as configured: {said}")
             if not self._stopping:
                 delay = max(0.0, entry.due - time.monotonic())

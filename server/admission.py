@@ -30,9 +30,11 @@ REASONS = (
     "wrong_shape",  # not the run's number of values at the wire precision
     "not_finite",  # NaN or infinity in the update or the loss
     "norm_too_large",  # the update's L2 norm is above the run's limit
+    "wrong_round",  # the reply to a request of another round
     "examples_differ",  # another number of examples than the site declared
     "bad_statistics",  # evaluation counts that are malformed or contradict the declared split
     "unreadable",  # not a reply to the request
+    "too_large",  # larger than any reply of the run can be: it was not fetched
 )
 
 
@@ -48,6 +50,7 @@ class Expectation:
     wire: WireType
     examples: int  # what the site declared for training
     max_norm: float | None = None
+    round: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def admit_update(reply: Trained, expected: Expectation) -> dict[str, NDArray[np.
     Raises:
         Rejected: with the reason code.
     """
+    if reply.round != expected.round:
+        raise Rejected("wrong_round")
     try:
         update = codec.decode(reply.weights, expected.shapes, expected.wire)
     except ValueError:

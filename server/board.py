@@ -25,22 +25,39 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "since": (int, float),
     "updated": (int, float),
 }
+INTERRUPTED = "interrupted"
+"""Status of a run whose engine is gone without a word, or left because what it rests on was away."""
+
+AWAY = frozenset({"", "awaited", "not connected", "unreachable"})
+"""What a site is at while nothing is heard of it."""
+
+ANSWERED, ASKED = "answered", "asked"
+"""What a site is at that has answered, as `server.federation` tells it, and in the next round until it is heard of."""
+
 LEAST_S = 0.25
 """Seconds between two writes of what changes often."""
+
+LATEST = 10
+"""Rounds whose seconds are kept, to tell how long those that are left will take."""
 
 
 class Board:
     """Keeps `progress.json` of a run.
 
+    `starts` counts the engines that the run has had, `fruitless` those before this one that ended, one after the other,
+    without a further round.
+
     Args:
         folder: of the run.
         sites: their names.
         rounds: how many there will be.
+        quorum: usable answers that a round needs; None: all.
     """
 
-    def __init__(self, folder: Path, sites: tuple[str, ...], rounds: int) -> None:
+    def __init__(self, folder: Path, sites: tuple[str, ...], rounds: int, quorum: int | None = None) -> None:
         self._path = folder / NAME
         now = time.time()
+        before = read(folder) or {}
         self._facts: dict[str, Any] = {
             "status": "running",
             "pid": os.getpid(),
@@ -51,7 +68,16 @@ class Board:
             "total": 0,
             "round": 0,
             "rounds": rounds,
-            "sites": {site: {"at": "", "done": 0, "total": 0, "since": now} for site in sites},
+            "starts": count(before, "starts") + 1,
+            "fruitless": count(before, "fruitless") + 1 if before.get("status") == INTERRUPTED else 0,
+            "reached": count(before, "reached"),
+            "quorum": quorum or len(sites),
+            "begun": figure(before, "begun") or now,
+            "phase_since": now,
+            "round_since": None,
+            "round_seconds": figures(before, "round_seconds"),
+            "best": best(before),
+            "sites": {site: _site(_held(before, site), now) for site in sites},
         }
         self._written = 0.0
         self._write()
@@ -60,8 +86,12 @@ class Board:
         """Show a phase of the run: what `server.coordinator` tells."""
         changed = phase != self._facts["phase"]
         self._facts.update(phase=phase, done=done, total=total)
+        if changed:
+            self._facts["phase_since"] = time.time()
         if phase == "rounds":
-            self._facts["round"] = min(done + 1, total)
+            self._at_round(done + 1, total)
+            if done > self._facts["reached"]:
+                self._facts.update(reached=done, fruitless=0)
         self._write_if_due(urgent=changed or phase == "rounds")
 
     def site(self, name: str, at: str, done: int, total: int) -> None:
@@ -70,8 +100,58 @@ class Board:
         if held is None:
             return
         changed = held["at"] != at
-        held.update(at=at, done=done, total=total, since=time.time() if changed else held["since"])
+        now = time.time()
+        held.update(at=at, done=done, total=total, since=now if changed else held["since"])
+        if at not in AWAY:
+            held["seen"] = now
         self._write_if_due(urgent=False)
+
+    def moved(self, name: str, down: int, up: int) -> None:
+        """Count bytes that went to a site and came from it."""
+        held = self._facts["sites"].get(name)
+        if held is None:
+            return
+        for kind, passed in (("bytes_down", down), ("bytes_up", up)):
+            held[kind] += passed
+            held[f"round_{kind}"] += passed
+        self._write_if_due(urgent=False)
+
+    def judged(self, name: str, status: str, code: str, privacy: tuple[float, float] | None) -> None:
+        """Show what a site was seen to do, and of a private run the epsilon that it spent and that it planned."""
+        held = self._facts["sites"].get(name)
+        if held is None:
+            return
+        held.update(status=status, code=code)
+        if status == "contributed" and self._facts["round_since"]:
+            held["seconds"] = time.time() - self._facts["round_since"]
+        if privacy:
+            spent, planned = privacy
+            held.update(epsilon=spent, epsilon_left=max(0.0, planned - spent))
+        self._write_if_due(urgent=bool(code))
+
+    def ended_round(self, seconds: float) -> None:
+        """Note what a round took."""
+        self._facts["round_seconds"] = [*self._facts["round_seconds"], seconds][-LATEST:]
+
+    def chosen(self, best_round: int, best_score: float | None) -> None:
+        """Show the best round so far, and what rounds compete by."""
+        self._facts["best"] = {"round": best_round, "score": best_score}
+
+    def _at_round(self, number: int, total: int) -> None:
+        if number > total:
+            self._facts.update(round=total, round_since=None)
+        elif self._facts["round_since"] is None or self._facts["round"] != number:
+            now = time.time()
+            self._facts.update(round=number, round_since=now)
+            for held in self._facts["sites"].values():
+                held.update(round_bytes_down=0, round_bytes_up=0)
+                if held["at"] == ANSWERED:  # whoever is quick is never seen at anything else
+                    held.update(at=ASKED, since=now)
+
+    @property
+    def starts(self) -> int:
+        """How many engines the run has had, this one included."""
+        return count(self._facts, "starts")
 
     def end(self, status: str, error: str = "", sites: Mapping[str, str] | None = None) -> None:
         """Show how the run ended, and what each site was seen to do in it."""
@@ -102,8 +182,69 @@ def read(folder: Path) -> Mapping[str, Any] | None:
     if not _whole(facts):
         return None
     if facts["status"] == "running" and process_start(facts["pid"]) != facts["process"]:
-        facts["status"] = "interrupted"
+        facts["status"] = INTERRUPTED
     return facts
+
+
+def count(facts: Mapping[str, Any], name: str) -> int:
+    """Return one of a board's counts, 0 where it has none: an earlier version wrote it."""
+    held = facts.get(name)
+    return held if isinstance(held, int) else 0
+
+
+def settle(folder: Path, status: str, error: str) -> None:
+    """Say how a run ended that no engine drives any more.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    facts = dict(read(folder) or {})
+    write_atomic(folder / NAME, json.dumps({**facts, "status": status, "error": error, "phase": "ended"}).encode())
+
+
+def figure(facts: Mapping[str, Any], name: str) -> float | None:
+    """Return one of a board's numbers, or None where it has none."""
+    held = facts.get(name)
+    return held if isinstance(held, int | float) else None
+
+
+def figures(facts: Mapping[str, Any], name: str) -> list[float]:
+    """Return a list of a board's numbers, an empty one where it has none."""
+    held = facts.get(name)
+    return [value for value in held if isinstance(value, int | float)] if isinstance(held, list) else []
+
+
+def best(facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return which round a board has as the best, and what it scored, or None where it has none."""
+    held = facts.get("best")
+    if not isinstance(held, dict) or not isinstance(held.get("round"), int):
+        return None
+    return {"round": held["round"], "score": figure(held, "score")}
+
+
+def _held(before: Mapping[str, Any], site: str) -> Mapping[str, Any]:
+    held: Mapping[str, Any] = before.get("sites", {}).get(site, {})
+    return held
+
+
+def _site(before: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """Return a site's facts as an engine begins: what earlier engines counted stands."""
+    return {
+        "at": "",
+        "done": 0,
+        "total": 0,
+        "since": now,
+        "seen": figure(before, "seen"),
+        "status": "",
+        "code": "",
+        "bytes_down": count(before, "bytes_down"),
+        "bytes_up": count(before, "bytes_up"),
+        "round_bytes_down": 0,
+        "round_bytes_up": 0,
+        "seconds": figure(before, "seconds"),
+        "epsilon": figure(before, "epsilon"),
+        "epsilon_left": figure(before, "epsilon_left"),
+    }
 
 
 def _whole(facts: Any) -> TypeGuard[dict[str, Any]]:

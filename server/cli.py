@@ -10,6 +10,7 @@ import click
 
 from common.cli import Group
 from server import run_cli
+from server.doctor_cli import doctor
 from server.run_cli import as_json, server_option
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def renew(path: Path, as_json: bool) -> int:
     return 0
 
 
-for command in (run_cli.up, run_cli.run, run_cli.status, run_cli.stop, run_cli.resume, run_cli.report):
+for command in (run_cli.up, run_cli.run, run_cli.status, run_cli.stop, run_cli.resume, run_cli.report, doctor):
     server.add_command(command)
 
 

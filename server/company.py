@@ -6,7 +6,7 @@ Whoever fails is dropped, and the run goes on without them as long as the quorum
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from server.admission import Declared, Rejected, admissible, admit_evaluation
 from server.census import TEST, VALIDATION
 from server.evaluation import Edges, Measured, Statistic
 from server.federation import Answer, Federation, Traffic
+from server.onlooker import Onlooker
+from server.proportion import absurd_examples
 from server.refusals import quorum_missed
 from server.spending import Spent
 
@@ -59,10 +61,16 @@ class Cast:
     transfers: dict[str, int] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)  # for training; of a private run patients, maybe rounded
     privacy: dict[str, Spent] = field(default_factory=dict)  # of a private run
+    onlooker: Onlooker = field(default_factory=Onlooker)
 
     def note(self, answer: Answer) -> None:
         """Keep a site's last state in words."""
-        self.status[answer.site] = answer.status + (f"({answer.reason})" if answer.reason else "")
+        self.say(answer.site, answer.status + (f"({answer.reason})" if answer.reason else ""))
+
+    def say(self, site: str, status: str) -> None:
+        """Keep a site's last state, and tell whoever looks on."""
+        self.status[site] = status
+        self.onlooker.judged(site, status, self.privacy.get(site))
 
     @property
     def ready(self) -> list[str]:
@@ -98,20 +106,34 @@ class Company:
             QuorumLost: fewer are in than the quorum.
             DataError: their data cannot carry the run.
         """
-        names = self._run.sites.names
-        agreed = self._run.model_copy(update={"simulation": None})  # where a simulation's data lie is its own business
-        request = Describe(agreed.to_toml(), self._start.version, " ".join(self._start.ended))
-        for site, answer in self._federation.find(names, request).items():
-            self.cast.note(unbelievable(answer))
-            if isinstance(answer.reply, Description) and admissible(answer.reply, self._run):
-                self._take_in(site, answer.reply)
+        self.introduce(self._run.sites.names)
         self.require(len(self.cast.support), "setup")
         if self._start.every_label and not self._run.privacy.on:
             census.check_labels(self.pooled_support(), self._run.task.labels)
 
+    def introduce(self, names: Sequence[str]) -> None:
+        """Tell some sites of the run, and take in those that answer as they should."""
+        agreed = self._run.model_copy(update={"simulation": None})  # where a simulation's data lie is its own business
+        request = Describe(agreed.to_toml(), self._start.version, " ".join(self._start.ended))
+        for site, answer in self._federation.find(names, request).items():
+            if isinstance(answer.reply, Description) and admissible(answer.reply, self._run):
+                self._take_in(site, answer.reply)
+            else:
+                self.cast.note(unbelievable(answer))
+        for site in absurd_examples({site: self.cast.examples[site] for site in self.cast.ready}):
+            self.cast.support.pop(site)
+            self.cast.say(site, "quarantined(bad_statistics)")
+
+    def present(self, names: Sequence[str]) -> list[str]:
+        """Return which of some sites are connected now; none where sites cannot come and go."""
+        return self._federation.present(names)
+
+    def among(self, names: Sequence[str]) -> list[str]:
+        """Return which of some sites are in."""
+        return [name for name in names if name in self.cast.support]
+
     def _take_in(self, site: str, said: Description) -> None:
         self.cast.support[site] = said.support
-        self.cast.status[site] = "registered"
         held = said.trunk_sha256 == self._run.model.trunk_sha256
         self.cast.transfers[site] = 0 if held else 1
         self._received[site] = said.trunk_bytes
@@ -120,24 +142,25 @@ class Company:
             self.cast.privacy[site] = Spent.of(said)
         else:
             self.cast.examples[site] = int(census.examples(said.support)[census.TRAIN])
+        self.cast.say(site, "registered")
 
     def pooled_support(self) -> NDArray[np.int64]:
         """Return what the sites that are in hold together."""
         return np.asarray(sum(self.cast.support[site] for site in self.cast.ready), np.int64)
 
-    def install_trunk(self) -> None:
-        """Send the trunk to the sites that lack it, to each from where an earlier attempt was cut off."""
+    def send_trunk(self, names: Sequence[str]) -> None:
+        """Send the trunk to those that lack it, to each from where an earlier attempt was cut off."""
         content = np.frombuffer(self._start.trunk, np.uint8)
         size = self._start.part_bytes or max(1, len(content))
         for offset in range(0, max(1, len(content)), size):
             part = content[offset : offset + size]
             whole = len(content) if self._start.part_bytes else 0
             request = InstallTrunk(self._fingerprint, self._run.model.trunk_sha256, part, offset, whole)
-            self.collect("trunk", dict.fromkeys(self._needy(offset + len(part)), request))
+            self.collect("trunk", dict.fromkeys(self._needy(names, offset + len(part)), request))
 
-    def _needy(self, end: int) -> list[str]:
-        """Return the sites that lack the part of the trunk that ends here; a last part that was cut off comes whole."""
-        lacking = (site for site in self.cast.ready if self.cast.transfers[site])
+    def _needy(self, names: Sequence[str], end: int) -> list[str]:
+        """Return who lacks the part of the trunk that ends here; a last part that was cut off comes whole."""
+        lacking = (site for site in self.among(names) if self.cast.transfers[site])
         return [site for site in lacking if self._received[site] < end or end == len(self._start.trunk)]
 
     def finish(self, status: str) -> None:
@@ -224,7 +247,7 @@ class Company:
                 try:
                     found[answer.site] = admit_evaluation(answer.reply, self.declared(answer.site, row), edges)
                 except Rejected as rejected:
-                    self.cast.status[answer.site] = f"quarantined({rejected})"
+                    self.cast.say(answer.site, f"quarantined({rejected})")
             else:
                 self.cast.note(answer)
         self.require(len(found), phase)

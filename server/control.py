@@ -9,7 +9,6 @@ Source: flwr 1.41, `flwr.supercore.superexec.run_superexec` and `flwr.superlink.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -50,14 +49,14 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid, http_grid
+from flwr.superlink.grid import HttpGrid
 
 from common.errors import ConfigError, ConsiliumError
+from server.bounded_grid import BoundedGrid
 from server.control_http import CALL_SECONDS, Client, NoAnswer, Operator, Refused, RunEnded, is_final, opened
 from server.endpoints import Endpoints, read_secret
 from server.federation import Present
@@ -66,10 +65,9 @@ _log = logging.getLogger("consilium.control")
 _BEAT_SECONDS = 10.0
 _PATIENCE_SECONDS = 60.0  # a SuperLink that is being restarted is back within seconds
 _OTHERS_SECONDS = 30.0  # an engine takes its task at once; one that has not by then is dead
+_LARGEST = 2**31  # bytes of a reply where nobody knows better
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _FAILED = "the engine ended before the run was complete; its own log says why"
-# An object is announced before it is there. Flower waits a second before it asks again, which is most of a short round.
-http_grid.pull_objects = functools.partial(pull_objects, initial_backoff=0.02, backoff_cap=0.5)  # type: ignore[attr-defined]
 _STUB = '''"""Nothing in this bundle is executed by a hospital.
 
 Flower asks for a bundle with every run. consilium runs the package that is installed at both ends, so this one only
@@ -219,10 +217,14 @@ class Control:
                 raise
 
     @contextlib.contextmanager
-    def grid(self, run_id: int) -> Iterator[HttpGrid]:
+    def grid(self, run_id: int, largest: int = _LARGEST) -> Iterator[HttpGrid]:
         """Take the run's task and yield its grid; one at a time in a process, for messages are made in its name.
 
         The run ends with the block: completed, or failed where the block raises.
+
+        Args:
+            run_id: the run.
+            largest: bytes that the arrays of a reply may have; a larger one is not fetched.
 
         Raises:
             ConsiliumError: the run's task cannot be had, or the SuperLink stays away for longer than the patience.
@@ -230,7 +232,8 @@ class Control:
         """
         token = self._take(run_id)
         with contextlib.ExitStack() as stack:
-            grid = _Grid(self._where, token, self._open(RuntimeHttpClient, self._patience, token=token))
+            client = self._open(RuntimeHttpClient, self._patience, token=token)
+            grid = BoundedGrid(self._where, token, client, largest)
             stack.callback(grid.close)
             sub_status = SubStatus.FAILED
             stack.callback(lambda: self._finish(token, sub_status))
@@ -361,14 +364,6 @@ def roster(grid: Grid) -> dict[str, Present]:
     """
     nodes: list[NodeInfo] = sorted(grid.get_nodes(), key=lambda node: node.last_activated_at)
     return {node.name: Present(node.node_id, node.last_activated_at) for node in nodes if node.name}
-
-
-class _Grid(HttpGrid):
-    """Flower's grid over a client that knows the operator's secret and when to give up."""
-
-    def __init__(self, where: str, token: str, client: RuntimeHttpClient) -> None:
-        super().__init__(runtime_api_address=where, insecure=True, token=token)
-        self._client = client
 
 
 def _begin(grid: HttpGrid) -> None:

@@ -17,7 +17,7 @@ from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.retry.retry_invoker import RetryState
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
-from common.errors import ConsiliumError
+from common.errors import ConsiliumError, Interrupted
 from server.endpoints import OPERATOR_HEADER, sign
 
 _log = logging.getLogger("consilium.control")
@@ -27,7 +27,7 @@ _PASSING = (502, 503, 504)
 Client = TypeVar("Client", bound=ProtobufClient)
 
 
-class RunEnded(ConsiliumError):
+class RunEnded(Interrupted):
     """The SuperLink no longer takes anything for this run."""
 
 
@@ -62,7 +62,7 @@ def opened(
     return client
 
 
-class NoAnswer(ConsiliumError):
+class NoAnswer(Interrupted):
     """Nobody listens, or nobody answers."""
 
 
@@ -111,8 +111,15 @@ class _Patience(RetryInvoker):
 
 
 def is_final(error: Exception) -> bool:
-    """Return whether asking again would not help."""
-    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code not in _PASSING
+    """Return whether asking again would not help.
+
+    A 500 without a word of Flower's is what a database says that is locked, or has no room, for a moment.
+    """
+    if not isinstance(error, httpx.HTTPStatusError):
+        return False
+    if error.response.status_code == httpx.codes.INTERNAL_SERVER_ERROR:
+        return FlowerError.from_json(error.response.text) is not None
+    return error.response.status_code not in _PASSING
 
 
 def _explain(response: httpx.Response, where: str) -> NoReturn:
@@ -124,7 +131,8 @@ def _explain(response: httpx.Response, where: str) -> NoReturn:
             f"what listens at {where} does not take this operator's secret; is it another coordinator?"
         )
     if told is None:
-        raise ConsiliumError(f"the SuperLink at {where} answers with status {status}; its own log says why")
+        kind = Interrupted if status >= httpx.codes.INTERNAL_SERVER_ERROR else ConsiliumError
+        raise kind(f"the SuperLink at {where} answers with status {status}; its own log says why")
     if told.code in (ApiErrorCode.RUNTIME_AUTHENTICATION_FAILED, ApiErrorCode.RUNTIME_TASK_START_FAILED):
         raise RunEnded("the SuperLink has ended this run: it was stopped, or its engine was away for too long")
     raise Refused(f"the SuperLink at {where} refuses: {told.message} ({told.code})", told.code)

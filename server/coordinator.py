@@ -15,7 +15,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from common import codec
+from common import codec, parameters
+from common.errors import Interrupted
 from common.messages import Prepare, Train, Trained
 from server import averaging
 from server import state as saved
@@ -25,6 +26,8 @@ from server.census import VALIDATION
 from server.company import Cast, Company, Progress, Start
 from server.evaluation import Edges, Measured, Threshold, next_edges, operating_threshold, score_for_choice
 from server.federation import Answer, Federation, Traffic
+from server.latecomers import FORGOTTEN, Latecomers
+from server.proportion import absurd_updates
 from server.settling import Settling, Weights
 from server.spill import Spill
 from server.state import RoundLog, RunState
@@ -81,6 +84,8 @@ class Coordinator:
         """
         try:
             outcome = self._execute()
+        except Interrupted:  # the run goes on, and the sites cannot be reached
+            raise
         except Exception:
             self._company.finish("failed")
             raise
@@ -93,7 +98,7 @@ class Coordinator:
     def _execute(self) -> Outcome:
         begin = time.monotonic()
         self._company.describe()
-        self._company.install_trunk()
+        self._company.send_trunk(self._cast.ready)
         self._company.ask_all("prepare", Prepare(self._fingerprint))
         prepared = time.monotonic()
         held = saved.load(self._start.folder / "state") if self._start.folder else None
@@ -115,9 +120,11 @@ class Coordinator:
     def _rounds(self, current: RunState) -> RunState:
         aggregator = Aggregator(self._run.training, len(self._run.sites.names))
         aggregator.restore(current.strategy)
+        latecomers = Latecomers(self._company, self._start)
         self._keep(current)
         for number in range(current.round + 1, self._last_round + 1):
             self._company.progress("rounds", number - 1, self._last_round)
+            latecomers.welcome(number, current.fixed)
             current = self._round(number, current, aggregator)
             self._keep(current)
         self._company.progress("rounds", self._last_round, self._last_round)
@@ -132,14 +139,20 @@ class Coordinator:
         tally = Tally()
         self._spill.clear()
         for answer in self._company.each(request):
-            tally.add(self._admit_round(answer, current.edges))
-            self._cast.status[answer.site] = tally.status(answer.site)
+            tally.add(self._admit_round(number, answer, current.edges))
+            self._cast.say(answer.site, tally.status(answer.site))
+            if answer.status == "refused" and answer.reason in FORGOTTEN:
+                self._company.drop(answer)
+        for site in absurd_updates(tally.norms, parameters.norm(received)):
+            tally.reject(site, "norm_too_large")
+            self._cast.say(site, tally.status(site))
         self._company.require(len(tally.contributions), f"round {number}")
         judged = self._judged(current, Measured(current.edges, tally.evaluations, self._run.evaluation.metrics))
         weights = aggregator.aggregate(number, received, tally.contributions)
         mean = averaging.averaged(self._run.training, number, current.average, weights)
         seconds = time.monotonic() - begin
         entry = {"round": number, "seconds": seconds, **round_bytes(tally.traffic), "sites": tally.sites}
+        self._cast.onlooker.ended_round(entry)
         return replace(
             judged,
             round=number,
@@ -150,12 +163,12 @@ class Coordinator:
             seconds=judged.seconds + seconds,
         )
 
-    def _admit_round(self, answer: Answer, edges: Edges) -> Admitted:
+    def _admit_round(self, number: int, answer: Answer, edges: Edges) -> Admitted:
         if not isinstance(answer.reply, Trained):
             return Admitted(answer)
         reply = answer.reply
         examples, limit = self._cast.examples[answer.site], self._run.sites.max_norm
-        expected = Expectation(codec.shapes_of(self._start.weights), self._run.wire.dtype, examples, limit)
+        expected = Expectation(codec.shapes_of(self._start.weights), self._run.wire.dtype, examples, limit, number)
         try:
             update = admit_update(reply, expected)
             evaluation = admit_evaluation(reply, self._company.declared(answer.site, VALIDATION), edges)
@@ -166,6 +179,7 @@ class Coordinator:
             Contribution(answer.site, self._spill.keep(answer.site, update), reply.num_examples),
             evaluation,
             *self._told(answer.site, reply),
+            norm=parameters.norm(update),
         )
 
     def _told(self, site: str, reply: Trained) -> tuple[float | None, float | None]:
@@ -185,16 +199,17 @@ class Coordinator:
         entry = {**current.pending, "validation": measured.summary(labels), "sites": sites}
         self._write(entry)
         state = replace(current, edges=next_edges(measured), lines=current.lines + 1, pending={})
-        if not _competes(current, measured, labels, self._answered(measured)):
-            return state
-        return replace(
-            state,
-            best=current.weights,
-            best_round=current.round,
-            best_score=score_for_choice(measured, labels),
-            best_examples=self._answered(measured),
-            threshold=operating_threshold(measured),
-        )
+        if _competes(current, measured, labels, self._answered(measured)):
+            state = replace(
+                state,
+                best=current.weights,
+                best_round=current.round,
+                best_score=score_for_choice(measured, labels),
+                best_examples=self._answered(measured),
+                threshold=operating_threshold(measured),
+            )
+        self._cast.onlooker.judged_round(entry, state.best_round, state.best_score)
+        return state
 
     def _answered(self, measured: Measured) -> int:
         """Return how much of the validation split was asked: its examples, or the sites where their number is noisy."""
@@ -231,6 +246,7 @@ class Coordinator:
     def _keep(self, current: RunState) -> None:
         if self._start.folder:
             saved.save(self._start.folder / "state", current)
+            self._cast.onlooker.kept(current.round)
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self._log:

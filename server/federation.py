@@ -57,6 +57,9 @@ MOST_DEADLINES = 23
 AGAIN = frozenset({"unavailable", "unknown_ticket"})
 """Refusals that a site gets over by itself: its daemon is starting, or was started anew."""
 
+TOO_LARGE = 100
+"""Code of an error that stands for a reply which is larger than any that was asked for; Flower's own are below."""
+
 _PHASE = re.compile("[a-z][a-z ]{0,23}")
 
 Status = Literal["contributed", "lost", "refused", "quarantined"]
@@ -75,6 +78,9 @@ Roster = Callable[[], Mapping[str, Present]]
 
 Watch = Callable[[str, str, int, int], None]
 """Told of a site, what it is at, and how much of it is done: for whoever looks on."""
+
+Moved = Callable[[str, "Traffic"], None]
+"""Told of a site and the bytes that its request and answer took."""
 
 
 @dataclass(frozen=True)
@@ -171,15 +177,22 @@ class Federation:
         deadline_s: seconds a site has for an answer.
         network: where the sites are processes of their own; None: every node of the grid is asked for its name, once.
         watch: told of the sites.
+        moved: told of what each answer took.
     """
 
     def __init__(
-        self, grid: Grid, deadline_s: float, network: Network | None = None, watch: Watch | None = None
+        self,
+        grid: Grid,
+        deadline_s: float,
+        network: Network | None = None,
+        watch: Watch | None = None,
+        moved: Moved | None = None,
     ) -> None:
         self._grid = grid
         self._deadline_s = deadline_s
         self._network = network
         self._watch = watch or (lambda _site, _what, _done, _total: None)
+        self._moved = moved or (lambda _site, _traffic: None)
         self._nodes: dict[str, int] = {}
         self._silent: set[str] = set()  # who was lost when last asked
 
@@ -196,6 +209,8 @@ class Federation:
         """
         record = to_record(request)
         nodes = self._connected(names) if self._network else {str(node): node for node in self._await_nodes(len(names))}
+        if self._network:
+            self._silent.update(name for name in names if name not in nodes)
         answers: dict[str, Answer] = {}
         addressed = {key: (node, record) for key, node in nodes.items()}
         for answer in self._exchange(addressed, Description, preparing=True):
@@ -204,6 +219,11 @@ class Federation:
                 self._nodes[named.site] = nodes[answer.site]
                 answers[named.site] = named
         return {name: answers.get(name, Answer(name, None, "lost", "absent")) for name in sorted(names)}
+
+    def present(self, names: Sequence[str]) -> list[str]:
+        """Return which of some sites are connected now; in a process nobody comes or goes."""
+        there = self._network.roster() if self._network and names else {}
+        return [name for name in names if name in there]
 
     def _named(self, answer: Answer) -> Answer | None:
         """Return the answer under the site's name: the one it was enrolled under, or the one it gives."""
@@ -276,6 +296,7 @@ class Federation:
         exchange = _Exchange(self._grid, self._network, self._watch, expected, silent, preparing=preparing)
         for answer in exchange.answers(errands, deadline_s):
             (self._silent.add if answer.status == "lost" else self._silent.discard)(answer.site)
+            self._moved(answer.site, answer.traffic)
             yield answer
 
     def _parcel(self, record: RecordDict) -> tuple[RecordDict, tuple[int, int]]:
@@ -381,6 +402,8 @@ class _Exchange:
 
         The text of a Flower error is not passed on, for it may hold anything.
         """
+        if message.has_error() and message.error.code == TOO_LARGE:
+            return self._failed(errand, "quarantined", "too_large", again=False)
         if message.has_error():
             return self._failed(errand, "lost", "unreachable", again=True)
         try:

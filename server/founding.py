@@ -42,6 +42,12 @@ TEMPLATE = """\
 # certificate = ""                  # PEM file of the server's, those between it and the authority after it
 # key = ""                          # PEM file, mode 0600
 # ca = ""                           # PEM file of the authority, which hospitals get with their invitation
+
+# [logs]
+# format = "text"                   # what superlink, keeper and engines print; json: one object a line
+
+# [monitor]                         # metrics and health for Prometheus, on 127.0.0.1 alone
+# port = 0                          # such as 9465; 0: off
 """
 """Every key of `server.server_config`, explained."""
 

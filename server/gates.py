@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+from base64 import b64decode
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -48,6 +50,8 @@ PUBLIC_BYTES = 8 * 2**20  # Flower cuts arrays into objects of 5 MiB
 OPERATOR_BYTES = 16 * 2**20  # a bundle may have 10 MB
 ACTIVATION_BYTES = 4096
 _CLAIM_SECONDS = 60  # both ends share one clock
+KEY_HEADER = b"flwr-public-key"
+REQUESTS_AT_ONCE = 16  # of one site, whose bodies are in memory: a link has five, and some that broke off may linger
 _OBJECTS_AT_ONCE = 4  # parts of messages at work in the application: each is there in several copies
 _BODY_SECONDS = 300.0  # 8 MiB at 250 kbit/s
 
@@ -93,6 +97,7 @@ class FleetGate:
         self._is_site = is_site
         self._is_own = is_own
         self._turns = asyncio.Semaphore(_OBJECTS_AT_ONCE)
+        self._in_hand: Counter[bytes] = Counter()  # requests by key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -104,9 +109,23 @@ class FleetGate:
         elif not await self._is_site(dict(scope["headers"])):
             await _refuse(send, 401)
         else:
+            await self._serve_site(route, scope, receive, send)
+
+    async def _serve_site(self, route: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a site, if it has not too many requests in hand already: of each the body is held in memory."""
+        key = b64decode(dict(scope["headers"]).get(KEY_HEADER, b""))
+        if self._in_hand[key] >= REQUESTS_AT_ONCE:
+            await _refuse(send, 429)
+            return
+        self._in_hand[key] += 1
+        try:
             judge = self._judge_replies if route == PUSH else None
             app = self._in_turn if route in OBJECTS else self._app
             await _pass_on(app, scope, receive, send, PUBLIC_BYTES, judge)
+        finally:
+            self._in_hand[key] -= 1
+            if not self._in_hand[key]:
+                del self._in_hand[key]
 
     async def _in_turn(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request wait for those before it; a site that is slow to send or to take keeps nobody waiting."""

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 WORDS: Mapping[str, str] = {
     # refusals: `common.messages.REFUSALS`
     "malformed": "it could not read the request; install the same version of consilium at both ends",
-    "unknown_run": "it no longer knows the run; resume the run, which describes it again",
-    "unknown_trunk": "the backbone's frozen part did not reach it whole; resume the run, which sends it again",
-    "not_prepared": "its features are not ready; resume the run, which prepares them again",
+    "unknown_run": "it no longer knows the run, which is described to it again before the next round",
+    "unknown_trunk": "the backbone's frozen part did not reach it whole; it is sent again before the next round",
+    "not_prepared": "its features are not ready; it is prepared again before the next round",
     "labels_differ": "it has labels that the run has not, or of another kind; make [task] labels and kind of run.toml "
     "and its own labels agree",
     "preprocessing_differs": "it shows its images in another way; make [data] preset and image_size of run.toml and of "
@@ -42,9 +42,12 @@ WORDS: Mapping[str, str] = {
     # what was not believed: `server.admission.REASONS`, and an answer in another's name
     "identity": "it calls itself by another name than it is enrolled under; ask the hospital to join anew",
     "unreadable": "its answer cannot be read; install the same version of consilium at both ends",
+    "too_large": "its answer is larger than any that the run asks for; install the same version at both ends",
     "wrong_shape": "its update has another shape than the run's; install the same version of consilium at both ends",
     "not_finite": "its update holds values that are no numbers; lower [training] lr, or look at its data with it",
-    "norm_too_large": "its update is larger than [sites] max_norm; raise the limit, or look at its data with it",
+    "norm_too_large": "its update is out of proportion to the others', or larger than [sites] max_norm; raise the "
+    "limit, or look at its data with it",
+    "wrong_round": "it answered a request of an earlier round; install the same version of consilium at both ends",
     "examples_differ": "it trained on another number of images than it declared; resume the run, which counts again",
     "bad_statistics": "its counts contradict each other or what it declared; resume the run, which counts again",
 }

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ _PARTIAL = 3  # exit code: completed in part
 _CODES = {"completed": 0, "completed_partial": _PARTIAL}
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, on stdout.")
+watched = click.option("--watch", "-w", "watch", is_flag=True, help="Go on showing it, until Ctrl-C.")
 quiet = click.option("--quiet", is_flag=True, help="No progress.")
 server_option = click.option(
     "--server", "path", type=_FILE, default="server.toml", metavar="FILE", help="The server.toml [./server.toml]."
@@ -86,7 +88,7 @@ def run(plan: Path, path: Path, output: Path | None, detach: bool, as_json: bool
     settled = _settled(asked, task, plan)
     with _going_on():
         folder = runs.begin(config, settled, output)
-    return _looked_on(folder, detach, as_json, quiet)
+    return _looked_on(config, folder, detach, as_json, quiet)
 
 
 @click.command(context_settings=_SETTINGS)
@@ -96,14 +98,14 @@ def run(plan: Path, path: Path, output: Path | None, detach: bool, as_json: bool
 @as_json
 @quiet
 def resume(folder: Path | None, path: Path, detach: bool, as_json: bool, quiet: bool) -> int:
-    """Go on with a run that was interrupted, stopped or failed: the latest one, or that of a folder.
+    """Go on with a run that was stopped or failed: the latest one, or that of a folder.
 
     \b
     Example:
       consilium server resume --server chest/server.toml
 
     It ends with the same bytes as if nothing had happened, if the same sites contribute. A run that is going on is
-    looked on at.
+    looked on at; one whose engine was killed goes on by itself as long as the coordinator is up.
     Exit code: 0 done, 1 failed, 2 there is nothing to resume, 3 completed in part.
     """  # noqa: D301
     from server import runs
@@ -114,8 +116,8 @@ def resume(folder: Path | None, path: Path, detach: bool, as_json: bool, quiet: 
     if known.status != "running":
         _require_up(config)
         with _going_on():
-            runs.launch(config, known.folder)
-    return _looked_on(known.folder, detach, as_json, quiet)
+            runs.go_on(config, known.folder)
+    return _looked_on(config, known.folder, detach, as_json, quiet)
 
 
 @click.command(context_settings=_SETTINGS)
@@ -134,10 +136,9 @@ def stop(path: Path, as_json: bool) -> int:
     from server import runs
     from server.server_config import read_server
 
-    found = runs.active(read_server(path))
+    found = runs.stop_latest(read_server(path))
     if found is None:
         raise UsageError("no run is going on; see `consilium server status`")
-    runs.stop(found)
     if as_json:
         _print_json({"folder": str(found.folder), "status": "stopped"})
     else:
@@ -147,24 +148,37 @@ def stop(path: Path, as_json: bool) -> int:
 
 @click.command(context_settings=_SETTINGS)
 @server_option
+@watched
 @as_json
-def status(path: Path, as_json: bool) -> int:
+def status(path: Path, watch: bool, as_json: bool) -> int:
     """Show who is connected, where the run is, and what needs attention.
 
     \b
     Example:
       consilium server status --server chest/server.toml
+      consilium server status --watch --json
 
+    With --watch again and again until Ctrl-C; with --json as well, one document a line, a line for each change.
     Exit code: 0 all is well, 1 the coordinator is not up or something needs attention, 2 wrong configuration.
     """  # noqa: D301
+    from rich.console import Console
+
+    from common.live import follow
     from server import status as facts
+    from server import status_view
     from server.server_config import read_server
 
-    found = facts.status(read_server(path))
+    config = read_server(path)
+    if watch:
+        found = follow(
+            lambda: facts.status(config), status_view.view, Console(), as_json=as_json, moving=status_view.MOVING
+        )
+        return 0 if found["up"] and not found["warnings"] else 1
+    found = facts.status(config)
     if as_json:
         _print_json(found)
     else:
-        facts.show(found)
+        status_view.show(found)
     return 0 if found["up"] and not found["warnings"] else 1
 
 
@@ -249,7 +263,7 @@ def _require_up(config: ServerConfig) -> None:
             )
 
 
-def _looked_on(folder: Path, detach: bool, as_json: bool, quiet: bool) -> int:
+def _looked_on(config: ServerConfig, folder: Path, detach: bool, as_json: bool, quiet: bool) -> int:
     """Show a run until its end, and return the exit code."""
     if detach:
         if as_json:
@@ -259,12 +273,13 @@ def _looked_on(folder: Path, detach: bool, as_json: bool, quiet: bool) -> int:
         return 0
     from common.errors import ConsiliumError
     from common.progress import Reporter
-    from server import runs
+    from server import keeper, runs, up
     from server.report import closing
 
     try:
         with Reporter(quiet=quiet) as reporter:
-            ended = runs.follow(folder, lambda facts: _show_phase(facts, reporter))
+            kept = partial(keeper.is_there, up.logs(config))
+            ended = runs.follow(folder, lambda facts: _show_phase(facts, reporter), kept)
     except KeyboardInterrupt:
         raise _left(str(folder)) from None
     found = _result(folder) if ended in runs.ENDED else None

@@ -24,12 +24,14 @@ from typing import Any
 
 from common.errors import ConfigError, ConsiliumError, UsageError
 from common.files import write_atomic, write_json
+from common.logs import event_of
 from common.run_config import RunConfig, Task, build
 from common.strict import read_toml
 from common.supervisor import bound_to
 from server import board, private_defaults
 from server.endpoints import LEAN, QUIET
 from server.enrolment import enrolled, locked
+from server.events import Events
 from server.server_config import ServerConfig
 
 RUN = "run.toml"
@@ -37,6 +39,8 @@ LOG = "engine.log"
 LIST = "runs.json"
 ENDED = frozenset({"completed", "completed_partial"})
 """States of a run that nothing can go on from."""
+
+STOPPED = "stopped by the coordinator; `consilium server resume` goes on where it was"
 
 START_S = 120.0
 """Seconds that an engine has to show itself: on a machine that may be busy."""
@@ -122,6 +126,8 @@ def make_folder(config: ServerConfig, run: RunConfig, folder: Path | None) -> Pa
         _move_in(place, run.to_toml().encode())
     except OSError as error:
         raise UsageError(f"{place}: no run can be made there ({error.strerror})") from None
+    except UnicodeEncodeError:
+        raise UsageError(f"{place!a}: no run can be made there (its name is no UTF-8); name another folder") from None
     _remember(config, [*known, str(place.resolve())])
     return place.resolve()
 
@@ -192,10 +198,14 @@ def runs(config: ServerConfig) -> list[RunFacts]:
     Raises:
         ConsiliumError: the list of runs is damaged.
     """
-    listed = _listed(config)
-    forgotten = [folder for folder in _in_place(config.runs) if folder not in listed]
-    found = map(_facts, map(Path, [*forgotten, *listed]))
+    found = map(_facts, map(Path, _folders(config)))
     return [run for run in found if run is not None]
+
+
+def _folders(config: ServerConfig) -> list[str]:
+    """Return the folders of all runs: those that nobody listed, for they were brought from elsewhere, first."""
+    listed = _listed(config)
+    return [*(folder for folder in _in_place(config.runs) if folder not in listed), *listed]
 
 
 def _facts(folder: Path) -> RunFacts | None:
@@ -225,6 +235,16 @@ def ended_runs(config: ServerConfig, but: str) -> tuple[str, ...]:
 def active(config: ServerConfig) -> RunFacts | None:
     """Return the run that is being driven, if there is one."""
     return next((run for run in reversed(runs(config)) if run.status == "running"), None)
+
+
+def interrupted(config: ServerConfig) -> dict[Path, Mapping[str, Any]]:
+    """Return the runs whose engine is gone, with what their boards say, the oldest first.
+
+    Raises:
+        ConsiliumError: the list of runs is damaged.
+    """
+    boards = {folder: board.read(folder) or {} for folder in map(Path, _folders(config))}
+    return {folder: facts for folder, facts in boards.items() if facts.get("status") == board.INTERRUPTED}
 
 
 def named(config: ServerConfig, folder: Path | None, *, resumable: bool) -> RunFacts:
@@ -292,6 +312,19 @@ def launch(config: ServerConfig, folder: Path, *, bound: bool = False) -> subpro
         return _launch(config, folder, bound=bound)
 
 
+def go_on(config: ServerConfig, folder: Path) -> None:
+    """Start the engine of a run, unless somebody has done so in the meantime.
+
+    Raises:
+        ConsiliumError: another run is being driven, or the engine does not come up.
+    """
+    with locked(config):
+        other = active(config)
+        if other is None or other.folder != folder:
+            check_idle(config)
+            _launch(config, folder, bound=False)
+
+
 def _launch(config: ServerConfig, folder: Path, *, bound: bool) -> subprocess.Popen[bytes]:
     """Start an engine in a session of its own, so that it goes on when the terminal is closed."""
     before = _identity(folder)
@@ -344,10 +377,40 @@ def _last_words(folder: Path, since: int) -> str:
     except OSError:
         lines = []
     errors = [line.partition(" ERROR ")[2].partition(" ")[2] for line in lines if " ERROR " in line]
+    errors += [event_of(line) for line in lines if '"level": "ERROR"' in line]
     if errors:
         return errors[-1]
     said = f" ({lines[-1].strip()})" if lines else ""
     return f"{folder}: the engine ended before the run began{said}; see {folder / LOG}"
+
+
+def settle(folder: Path, status: str, error: str) -> None:
+    """Say how a run ended that no engine drives any more.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    board.settle(folder, status, error)
+    Events(folder).add("run_ended", board.count(board.read(folder) or {}, "round"), status=status)
+
+
+def stop_latest(config: ServerConfig) -> RunFacts | None:
+    """End the run that is being driven, or the latest of those that would go on by themselves; None: there is none.
+
+    Raises:
+        ConsiliumError: its engine does not end.
+    """
+    if not any(run.status in ("running", board.INTERRUPTED) for run in runs(config)):
+        return None
+    with locked(config):  # nobody starts an engine now
+        found = active(config)
+        waiting = next((run for run in reversed(runs(config)) if run.status == board.INTERRUPTED), None)
+        if found is None and waiting is not None:
+            settle(waiting.folder, "stopped", STOPPED)
+            return waiting
+    if found is not None:
+        stop(found)
+    return found
 
 
 def stop(run: RunFacts, patience_s: float = STOP_S) -> None:
@@ -373,13 +436,19 @@ def stop(run: RunFacts, patience_s: float = STOP_S) -> None:
         time.sleep(0.05)
 
 
-def follow(folder: Path, show: Callable[[Mapping[str, Any]], None]) -> str:
-    """Show where a run is until its engine has ended, and return its status; `gone` where its folder was deleted."""
+def follow(folder: Path, show: Callable[[Mapping[str, Any]], None], kept: Callable[[], bool] = lambda: False) -> str:
+    """Show where a run is until it has ended, and return its status; `gone` where its folder was deleted.
+
+    Args:
+        folder: the run's.
+        show: told what its board says.
+        kept: whether somebody starts the engine of an interrupted run anew, so that it has not ended.
+    """
     while True:
         facts = board.read(folder)
         if facts is None:
-            return "interrupted" if folder.is_dir() else "gone"
+            return board.INTERRUPTED if folder.is_dir() else "gone"
         show(facts)
-        if facts["status"] != "running":
+        if facts["status"] != "running" and not (facts["status"] == board.INTERRUPTED and kept()):
             return str(facts["status"])
         time.sleep(0.2)

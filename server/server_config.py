@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from common.address import Address, AddressText, parse_address
 from common.errors import ConfigError
 from common.names import Name
+from common.sections import LogsSection, MonitorSection
 from common.strict import Section, read_toml, validated
 from server.endpoints import Endpoints
 
@@ -71,6 +72,18 @@ class ServerToml(Section):
     server: ServerSection
     network: NetworkSection
     certificates: CertificatesSection = CertificatesSection()
+    logs: LogsSection = LogsSection()
+    monitor: MonitorSection = MonitorSection()
+
+    @model_validator(mode="after")
+    def _monitored_apart(self) -> ServerToml:
+        taken = {parse_address(self.network.listen).port: "listen", self.network.operator_port: "operator_port"}
+        if self.monitor.port in taken:
+            other = taken[self.monitor.port]
+            raise ValueError(
+                f"[monitor] port: got {self.monitor.port}, the port of [network] {other}; expected another"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ class Settling:
             while expected and (expected in waiting or expected in lost):
                 if expected in waiting:
                     part = waiting.pop(expected)
-                    company.cast.status[expected] = "contributed"
+                    company.cast.say(expected, "contributed")
                     total = part if total is None else total + part
                 expected = next(order, "")
         company.require(len(company.cast.support), "statistics")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.table import Table
-
 from common.errors import ConsiliumError
-from server import runs, tls
+from server import board, runs, tls
 from server.control import Control, NodeFacts
 from server.enrolment import enrolled
 from server.refusals import explain
@@ -26,10 +24,16 @@ def status(config: ServerConfig) -> dict[str, Any]:
     schema, name, address   of the document, of the coordinator
     up                      whether its SuperLink answers
     certificate             expires, days_left; null where it cannot be read
-    sites                   by name: connected, state, since, at (what it does in the run that is going on, or null),
-                            trouble (what was wrong with it in the latest run, and what to do; or empty)
+    sites                   by name: connected, state, since, last_seen (seconds since 1970, or null), and of the run
+                            that is going on, else the latest: at (what it does: at, done, total, since; or null), code
+                            and trouble (what was wrong with it last, and what to do; or empty), bytes_down and bytes_up
+                            in all, round_bytes_down and round_bytes_up in this round, seconds of its last round,
+                            epsilon and epsilon_left of a private run as the site tells it
     run                     the run that is going on, else the latest: folder, fingerprint, status, pid, phase, done,
-                            total, round, rounds, since, updated, error; null where there is none
+                            total, round, rounds, since (of this engine), begun (of the first), phase_since,
+                            round_since, round_seconds (mean of the last ones), eta_s (until the last round ends),
+                            starts (engines that it has had), best (round, and the score that rounds compete by),
+                            quorum (needed, usable, sites), updated, error; null where there is none
     runs                    folder and status of all, the oldest first
     warnings                what somebody has to see to
     """
@@ -89,15 +93,37 @@ def _site(name: str, nodes: Mapping[str, NodeFacts], run: runs.RunFacts | None) 
     node = nodes.get(name)
     online = node is not None and node.status == "online" and node.online_until > time.time()
     state = "never seen" if node is None or not node.last_activated_at else "not connected"
-    held = dict(run.facts.get("sites", {})).get(name) if run else None
-    at_work = run is not None and run.status == "running" and held is not None
+    held = dict(run.facts.get("sites", {})).get(name, {}) if run else {}
+    at_work = run is not None and run.status == "running" and bool(held)
+    last = _last(held, ended=not at_work)
     return {
         "connected": online,
         "state": "connected" if online else state,
         "since": node.last_activated_at if node is not None else "",
-        "at": held if at_work else None,
-        "trouble": "" if at_work or not held else explain(str(held.get("ended", ""))),
+        "last_seen": _last_seen(node, board.figure(held, "seen")),
+        "at": {key: held.get(key) for key in ("at", "done", "total", "since")} if at_work else None,
+        "code": last.rstrip(")").partition("(")[2],
+        "trouble": explain(last),
+        **{key: board.count(held, key) for key in _COUNTS},
+        **{key: board.figure(held, key) for key in ("seconds", "epsilon", "epsilon_left")},
     }
+
+
+_COUNTS = ("bytes_down", "bytes_up", "round_bytes_down", "round_bytes_up")
+
+
+def _last(held: Mapping[str, Any], *, ended: bool) -> str:
+    """Return what a site was seen to do last, as `server.refusals` has it."""
+    if ended:
+        return str(held.get("ended", ""))
+    status, code = held.get("status"), held.get("code")
+    return f"{status}({code})" if code else str(status or "")
+
+
+def _last_seen(node: NodeFacts | None, seen: float | None) -> float | None:
+    """Return when a site was heard of last: by the SuperLink, which trusts a link for seconds, or by the engine."""
+    heard = [] if node is None or not node.online_until else [min(time.time(), node.online_until)]
+    return max([*heard, *([] if seen is None else [seen])], default=None)
 
 
 _NOWHERE = {
@@ -108,6 +134,9 @@ _NOWHERE = {
     "round": 0,
     "rounds": 0,
     "since": None,
+    "begun": None,
+    "phase_since": None,
+    "round_since": None,
     "updated": None,
     "error": "",
 }
@@ -116,46 +145,34 @@ _NOWHERE = {
 
 def _run(run: runs.RunFacts) -> dict[str, Any]:
     shown = {key: run.facts.get(key, value) for key, value in _NOWHERE.items()}
-    return {"folder": str(run.folder), "fingerprint": run.fingerprint, "status": run.status, **shown}
+    seconds = board.figures(run.facts, "round_seconds")
+    return {
+        "folder": str(run.folder),
+        "fingerprint": run.fingerprint,
+        "status": run.status,
+        **shown,
+        "starts": board.count(run.facts, "starts"),
+        "round_seconds": fmean(seconds) if seconds else None,
+        "eta_s": _eta(run, seconds),
+        "best": board.best(run.facts),
+        "quorum": _quorum(run),
+    }
 
 
-def show(found: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print a status for people."""
-    console = console or Console()
-    say = _sayer(console)
-    certificate = found["certificate"]
-    days = f"; certificate good for {certificate['days_left']} days" if certificate else ""
-    say(f"coordinator {found['name']} at {found['address']}: {'up' if found['up'] else 'not up'}{days}")
-    run = found["run"]
-    if run is None:
-        say("no run yet")
-    else:
-        where = f", round {run['round']} of {run['rounds']} ({run['phase']})" if run["status"] == "running" else ""
-        say(f"run {run['folder']}: {run['status'].replace('_', ' ')}{where}")
-        if run.get("error"):
-            say(f"  {run['error']}")
-    if found["sites"]:
-        console.print(_table(found["sites"]))
-    else:
-        say("no site is enrolled; invite one with `consilium server invite NAME`")
-    for name, site in found["sites"].items():
-        if site["trouble"]:
-            say(f"{name} {site['trouble']}")
-    for warning in found["warnings"]:
-        say(f"warning: {warning}")
+def _eta(run: runs.RunFacts, seconds: Sequence[float]) -> float | None:
+    """Return in how many seconds the last round ends, if all that are left take as long as the latest ones."""
+    since = board.figure(run.facts, "round_since")
+    if run.status != "running" or not seconds or since is None:
+        return None
+    left = board.count(run.facts, "rounds") - board.count(run.facts, "round") + 1
+    return max(0.0, left * fmean(seconds) - (time.time() - since))
 
 
-def _table(sites: Mapping[str, Any]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("site", "", "since", "at"):
-        table.add_column(column)
-    for name, site in sites.items():
-        at = site["at"] or {}
-        share = f" {at['done']}/{at['total']}" if at.get("total") else ""
-        since = f"{site['since'][:19].replace('T', ' ')} UTC" if site["since"] else ""
-        table.add_row(name, site["state"], since, f"{at.get('at', '')}{share}")
-    return table
-
-
-def _sayer(console: Console) -> Any:
-    return lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _quorum(run: runs.RunFacts) -> dict[str, int] | None:
+    """Return how many sites the run needs, and how many nothing was wrong with when last heard of."""
+    needed = board.count(run.facts, "quorum")
+    if not needed:
+        return None
+    sites = run.facts["sites"].values()
+    usable = sum(not _last(held, ended=run.status != "running").endswith(")") for held in sites)
+    return {"needed": needed, "usable": usable, "sites": len(sites)}

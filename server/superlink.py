@@ -33,6 +33,8 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from common.errors import ConfigError, ConsiliumError
+from common.logs import set_up
+from server.database import compact
 from server.endpoints import QUIET, Endpoints, read_secret
 from server.gates import App, FleetGate, Headers, OperatorGate
 
@@ -62,6 +64,7 @@ def serve(endpoints: Endpoints, ready: Callable[[], None] | None = None) -> None
     operator, superexec = read_secret(endpoints.operator_secret), read_secret(endpoints.superexec_secret)
     context = _tls(endpoints) if endpoints.tls else None
     with _bind("127.0.0.1", endpoints.operator_port) as inner, _bind(host, port) as public:
+        compact(endpoints.database)
         app = _application(endpoints.database, superexec)
         gates = (OperatorGate(app, operator), FleetGate(app, _site_check(app), _is_own))
         servers = (_server(gates[0], None), _server(gates[1], context))
@@ -79,9 +82,13 @@ def check_free(endpoints: Endpoints) -> None:
         pass
 
 
-def prepare_process() -> None:
-    """Set what a process of its own needs: where its log goes, silence of dependencies, files for nobody else."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
+def prepare_process(form: str = "text") -> None:
+    """Set what a process of its own needs: where its log goes, silence of dependencies, files for nobody else.
+
+    Args:
+        form: of the log, `text` or `json`.
+    """
+    set_up(form, "superlink", "%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
     os.environ.update(QUIET)
     os.umask(0o077)
 

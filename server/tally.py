@@ -19,6 +19,7 @@ class Admitted:
     evaluation: Statistic | None = None
     train_loss: float | None = None  # None of a private round: it would be a release
     epsilon: float | None = None  # of a private run: spent by it at the site so far
+    norm: float = 0.0  # L2, of the update
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Tally:
     contributions: list[Contribution] = field(default_factory=list)
     evaluations: dict[str, Statistic] = field(default_factory=dict)
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)  # of the updates that may count
     traffic: Traffic = field(default_factory=Traffic)
 
     def add(self, admitted: Admitted) -> None:
@@ -43,7 +45,14 @@ class Tally:
             facts["examples"] = admitted.contribution.num_examples
             self.contributions.append(admitted.contribution)
             self.evaluations[answer.site] = admitted.evaluation
+            self.norms[answer.site] = admitted.norm
         self.sites[answer.site] = facts
+
+    def reject(self, site: str, reason: str) -> None:
+        """Take back what was admitted of a site."""
+        self.contributions = [one for one in self.contributions if one.site != site]
+        del self.evaluations[site], self.norms[site]
+        self.sites[site].update(status="quarantined", examples=0, reason=reason)
 
     def status(self, site: str) -> str:
         """Return what became of a site, in words."""

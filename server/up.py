@@ -1,4 +1,4 @@
-"""The coordinator's processes: Flower's SuperLink under a supervisor; engines come and go with the runs.
+"""The coordinator's processes under a supervisor: Flower's SuperLink, and the keeper of the runs, which have engines.
 
 python -P -m server.up SERVER.TOML
 """
@@ -6,13 +6,14 @@ python -P -m server.up SERVER.TOML
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.errors import ConfigError, ConsiliumError
 from common.locks import holder
+from common.logs import Supervising, set_up, tell_end
 from common.supervisor import Child, supervise
-from server import tls
+from server import keeper, tls
 from server.endpoints import LEAN, QUIET, read_secret
 from server.server_config import ServerConfig, read_server
 
@@ -34,17 +35,24 @@ def up(config: ServerConfig, report: Callable[[str], None] | None = None) -> Non
         ConfigError: there is no state, or something in it cannot be used.
         ConsiliumError: the coordinator is up already, or a port is in use.
     """
-    if not config.state.is_dir():
-        raise ConfigError(f"{config.state}: there is no such folder; `consilium server init` makes a coordinator")
-    _check_alone(config)
-    warning = _check(config)
-    report = report or (lambda _text: None)
-    report(f"coordinator {config.name}: hospitals reach it at {config.address}; Ctrl-C ends it")
-    if warning:
-        report(f"warning: {warning}")
-    argv = (sys.executable, "-P", "-m", "server.up", "superlink", str(config.path))
-    superlink = Child("superlink", argv, {**QUIET, **LEAN})
-    supervise((superlink,), logs(config), report=report)
+    said = Supervising(config.toml.logs.format, report)
+    with said.ending():
+        if not config.state.is_dir():
+            raise ConfigError(f"{config.state}: there is no such folder; `consilium server init` makes a coordinator")
+        _check_alone(config)
+        warning = _check(config)
+        said.tell(f"coordinator {config.name}: hospitals reach it at {config.address}; Ctrl-C ends it")
+        if warning:
+            said.tell(f"warning: {warning}", "WARNING")
+        supervise(tuple(_children(config)), logs(config), report=said.tell)
+
+
+def _children(config: ServerConfig) -> Iterator[Child]:
+    own = {name: ("server.up", name) for name in ("superlink", keeper.NAME)}
+    watched = {"monitor": ("server.monitor",)} if config.toml.monitor.port else {}
+    for name, (module, *command) in {**own, **watched}.items():
+        argv = (sys.executable, "-P", "-m", module, *command, str(config.path))
+        yield Child(name, argv, {**QUIET, **LEAN})
 
 
 def _check_alone(config: ServerConfig) -> None:
@@ -83,21 +91,28 @@ def _up(config: ServerConfig) -> None:
 def _superlink(config: ServerConfig) -> None:
     from server import roll, superlink  # Flower takes a second, which the supervisor has no use for
 
-    superlink.prepare_process()
+    superlink.prepare_process(config.toml.logs.format)
     superlink.serve(config.endpoints, lambda: roll.at_start(config))
 
 
-_COMMANDS: dict[str, Callable[[ServerConfig], None]] = {"up": _up, "superlink": _superlink}
+def _keeper(config: ServerConfig) -> None:
+    set_up(config.toml.logs.format, keeper.NAME, "%(asctime)s %(levelname)s %(name)s %(message)s")
+    keeper.keep(config)
+
+
+_COMMANDS: dict[str, Callable[[ServerConfig], None]] = {"up": _up, "superlink": _superlink, keeper.NAME: _keeper}
 
 
 def main(arguments: list[str]) -> int:
-    """Run one of the two, and return the exit code."""
+    """Run one of them, and return the exit code."""
     command, path = arguments
+    form = "text"
     try:
-        _COMMANDS[command](read_server(Path(path)))
+        config = read_server(Path(path))
+        form = config.toml.logs.format
+        _COMMANDS[command](config)
     except ConsiliumError as error:
-        print(f"consilium: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
+        return tell_end(form, command, error)
     return 0
 
 

@@ -91,7 +91,7 @@ class LightSite:
     def _train(self, request: Train) -> Trained:
         found = self._judged(request.edges, request.round)
         update = self._update(len(request.weights), request.round).astype(request.weights.dtype)
-        return Trained(update, len(LABELS), 0.5, epsilon=0.0, steps=0, **found)
+        return Trained(update, len(LABELS), 0.5, epsilon=0.0, steps=0, round=request.round, **found)
 
     def _evaluate(self, request: Evaluate) -> Evaluated:
         return Evaluated(**self._judged(request.edges, 0))

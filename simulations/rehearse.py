@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -20,7 +21,9 @@ from typing import Any, NoReturn
 from client.workshop import Workshop
 from common.errors import ConsiliumError, UsageError
 from common.run_config import RunConfig
+from server import keeper
 from server import runs as server_runs
+from server import up as server_up
 from server.board import read as read_board
 from server.report import page
 from server.result import finish
@@ -115,9 +118,11 @@ def _run(stage: Stage, folder: Path, progress: Progress) -> None:
     server_runs.remember(stage.config, folder)
     engine = server_runs.launch(stage.config, folder, bound=True)
     try:
-        status = server_runs.follow(folder, lambda facts: _show(facts, progress))
+        kept = partial(keeper.is_there, server_up.logs(stage.config))
+        status = server_runs.follow(folder, lambda facts: _show(facts, progress), kept)
     finally:
         _end(engine)
+        server_runs.stop_latest(stage.config)  # one that the keeper started
     if status not in server_runs.ENDED:
         facts = read_board(folder) or {}
         raise ConsiliumError(str(facts.get("error") or f"the run was {status}; see {folder / LOGS}"))

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from client import founding as site_founding
@@ -45,10 +46,27 @@ PATIENCE_S = 90.0
 STOP_S = 20.0
 """Seconds that all processes have to end by themselves."""
 
+PROGRAM = ("-m", "simulations.rehearsed")
+"""What a hospital runs."""
+
+AT_ONCE = 8
+"""Hospitals that come up at a time: each needs a core for seconds."""
+
 _PREFIX = "consilium-stage-"
 _SAID = "said.log"
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the processes are: all of them on this machine and its loopback, unless something else is said."""
+
+    coordinator: str = "127.0.0.1"  # the address that sites dial, of the host that the stage itself is on
+    prefixes: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of sites' command lines, by name
+
+
+HERE = Places()
 
 
 class Stage:
@@ -57,27 +75,35 @@ class Stage:
     Args:
         config: the coordinator's.
         sites: `site.toml` of each hospital, by name.
+        places: where their processes are.
     """
 
-    def __init__(self, config: ServerConfig, sites: Mapping[str, Path]) -> None:
+    def __init__(self, config: ServerConfig, sites: Mapping[str, Path], places: Places = HERE) -> None:
         self.config = config
         self.sites = dict(sites)
+        self._places = places
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str) -> None:
-        """Start the supervisor of a hospital, or of the coordinator."""
+    def start(self, name: str, program: Sequence[str] = PROGRAM, environment: Mapping[str, str] | None = None) -> None:
+        """Start the supervisor of a hospital, or of the coordinator.
+
+        Args:
+            name: of the hospital, or `COORDINATOR`.
+            program: what Python is to run for a hospital, in place of an honest one.
+            environment: of its processes, besides.
+        """
         if name == COORDINATOR:
-            command, place = ["server.up", "up", str(self.config.path)], self.config.path.parent
+            command, place = ["-m", "server.up", "up", str(self.config.path)], self.config.path.parent
         else:
-            command, place = ["simulations.rehearsed", "up", str(self.sites[name])], self.sites[name].parent
+            command, place = [*program, "up", str(self.sites[name])], self.sites[name].parent
         with (place / _SAID).open("ab") as log:
             self._processes[name] = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", "-m", *command],
+                [*self._places.prefixes.get(name, ()), sys.executable, "-P", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # a terminal's Ctrl-C comes from here, in order
-                env={**os.environ, **QUIET},
+                env={**os.environ, **QUIET, **(environment or {})},
                 preexec_fn=bound_to(os.getpid()),
             )
 
@@ -146,7 +172,11 @@ class Stage:
 
 @contextmanager
 def open_stage(
-    cohorts: Mapping[str, Cohort], device: str, progress: Progress | None = None, logs: Path | None = None
+    cohorts: Mapping[str, Cohort],
+    device: str,
+    progress: Progress | None = None,
+    logs: Path | None = None,
+    places: Places = HERE,
 ) -> Iterator[Stage]:
     """Set up a coordinator and its hospitals, all of them connected, and take everything away at the end.
 
@@ -155,6 +185,7 @@ def open_stage(
         device: what the hospitals compute on.
         progress: told how far it is.
         logs: folder that what the processes said is copied to if the block, or setting up, fails.
+        places: where the processes are.
 
     Raises:
         ConfigError: a hospital cannot have its name.
@@ -163,7 +194,7 @@ def open_stage(
     check_names(cohorts)
     tell = progress or (lambda _phase, _done, _total: None)
     with _root() as root, ExitStack() as stack:
-        found = Stage(coordinator(root), {})
+        found = Stage(coordinator(root, places.coordinator), {}, places)
         stack.callback(found.end)
         try:
             found.start(COORDINATOR)
@@ -172,6 +203,8 @@ def open_stage(
                 # Short, whatever the name: the path of a socket has 107 bytes.
                 found.sites[name] = hospital(root / "sites" / str(done), found.config, name, cohort, device)
                 found.start(name)
+                if done >= AT_ONCE:
+                    found.await_connected([*cohorts][: done + 1 - AT_ONCE])
             found.await_connected([*cohorts], tell)
             yield found
         except BaseException:
@@ -222,10 +255,10 @@ def _sweep(left: Path) -> None:
         shutil.rmtree(left)
 
 
-def coordinator(root: Path) -> ServerConfig:
-    """Found a coordinator on ports that nobody uses."""
+def coordinator(root: Path, host: str = HERE.coordinator) -> ServerConfig:
+    """Found a coordinator on ports that nobody uses, at an address of this machine."""
     public, operator = free_ports(2)
-    where = f"127.0.0.1:{public}"
+    where = f"{host}:{public}"
     return read_server(server_founding.found(root / "coordinator", where, "rehearsal", where, operator).config)
 
 

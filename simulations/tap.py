@@ -35,6 +35,7 @@ class Tap:
         self._target = host, port
         self._passed = [0, 0, 0]  # up, down, connections
         self.port = 0
+        self.cut = False  # whether nothing passes, as where a network is parted: nobody is told
 
     @property
     def counts(self) -> Counts:
@@ -56,6 +57,7 @@ class Tap:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._passed[2] += 1
+        await self._joined()
         try:
             back, forth = await asyncio.open_connection(*self._target, limit=_CHUNK)
         except OSError:
@@ -67,10 +69,15 @@ class Tap:
             forth.close()
             writer.close()
 
+    async def _joined(self) -> None:
+        while self.cut:
+            await asyncio.sleep(0.05)
+
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: int) -> None:
         """Pass one direction on to its end; one that breaks ends both."""
         try:
             while chunk := await reader.read(_CHUNK):
+                await self._joined()
                 self._passed[way] += len(chunk)
                 writer.write(chunk)
                 await writer.drain()

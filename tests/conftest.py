@@ -73,6 +73,12 @@ from server.federation import Federation
 from simulations import encodings
 from simulations.grid import Fault, InProcessGrid, run_in_process
 from simulations.hospitals import open_in_process
+from tests.fault_report import (  # noqa: F401  hooks of pytest
+    fault_seed,
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_terminal_summary,
+)
 
 SIDE = 32
 SITES = ("north", "south", "west")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +249,153 @@ def test_processes_at_the_same_time_make_one_chain(tmp_path: Path) -> None:
     running = [subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=Path.cwd()) for _ in range(3)]
     assert [process.wait(60) for process in running] == [0, 0, 0]
     assert audit.verify(path) == 75
+
+
+# Sealed files
+
+LIMIT = 1000  # bytes: four entries or so
+
+
+def long_trail(folder: Path, events: int = 30) -> Path:
+    """Return a trail of several files."""
+    path = folder / "audit.jsonl"
+    for number in range(events):
+        audit.append(path, "check", {"accepted": number}, LIMIT)
+    return path
+
+
+def moved(path: Path, other: Path) -> None:
+    path.write_bytes(other.read_bytes())
+
+
+def swapped(older: list[Path], at: int) -> None:
+    first, second = older[at].read_bytes(), older[at + 1].read_bytes()
+    older[at].write_bytes(second)
+    older[at + 1].write_bytes(first)
+
+
+def cut(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+
+
+TAMPERING: dict[str, Callable[[list[Path], int], object]] = {
+    "removed": lambda older, at: older[at].unlink(),
+    "swapped": swapped,
+    "cut at a line": lambda older, at: cut(older[at]),
+    "cut in a line": lambda older, at: older[at].write_bytes(older[at].read_bytes()[:-9]),
+    "without its last end of line": lambda older, at: older[at].write_bytes(older[at].read_bytes()[:-1]),
+    "emptied": lambda older, at: older[at].write_bytes(b""),
+    "another one": lambda older, at: moved(older[at], older[at + 1]),
+    "more": lambda older, at: audit.append(older[at], "init", {}),
+    "changed": lambda older, at: older[at].write_bytes(older[at].read_bytes().replace(b"accepted", b"acceptex")),
+}
+
+
+def test_files_are_one_chain(tmp_path: Path) -> None:
+    path = long_trail(tmp_path)
+    older = audit.sealed(path)
+    assert [file.name for file in older] == [f"audit-{number:06d}.jsonl" for number in range(1, len(older) + 1)]
+    assert len(older) >= 4 and all(LIMIT <= file.stat().st_size < 2 * LIMIT for file in older)
+    assert [entry.facts["accepted"] for entry in audit.read(path)] == list(range(30)) and audit.verify(path) == 30
+    assert [entry.facts["accepted"] for entry in audit.latest(path)] == list(range(30))[::-1]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o600}
+    whole = b"".join(file.read_bytes() for file in [*older, path])
+    (tmp_path / "whole.jsonl").write_bytes(whole)
+    assert audit.read(tmp_path / "whole.jsonl") == audit.read(path)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("how", sorted(TAMPERING))
+def test_whatever_is_done_to_a_sealed_file_is_seen(how: str, at: int, tmp_path: Path) -> None:
+    path = long_trail(tmp_path)
+    older = audit.sealed(path)
+    TAMPERING[how](older, at)
+    message = broken_at(path)
+    assert "does not hold" in message and any(f"{file}: line " in message for file in older[at : at + 2])
+    entries, wrong = audit.held(path)
+    assert wrong == message and len(entries) < 30
+    with pytest.raises(ConsiliumError, match="does not hold"):
+        list(audit.latest(path))
+    audit.append(path, "init", {}, LIMIT)
+    assert broken_at(path) == message  # no later line explains it
+
+
+def test_the_newest_sealed_file_is_missed_too(tmp_path: Path) -> None:
+    path = long_trail(tmp_path)
+    newest = audit.sealed(path)[-1]
+    content, number = newest.read_bytes(), len(audit.sealed(path))
+    newest.unlink()
+    assert f"{path}: line 1 does not hold" in broken_at(path)
+    newest.write_bytes(content)
+    audit.sealed(path)[0].unlink()
+    for _ in range(8):
+        audit.append(path, "init", {}, LIMIT)
+    assert newest.read_bytes() == content and len(audit.sealed(path)) > number - 1  # none is written over
+
+
+def test_a_crash_between_two_files(tmp_path: Path) -> None:
+    path = long_trail(tmp_path, 8)
+    count = audit.verify(path)
+    path.rename(audit._next_sealed(path))
+    assert audit.verify(path) == count and len(list(audit.latest(path))) == count
+    path.touch(0o600)
+    assert audit.verify(path) == count
+    audit.append(path, "init", {}, LIMIT)
+    assert audit.verify(path) == count + 1
+    first = json.loads(path.read_bytes().splitlines()[0])
+    assert first["previous"] == json.loads(audit.sealed(path)[-1].read_bytes().splitlines()[-1])["sha256"]
+
+
+def test_a_torn_file_is_sealed_once_that_is_recorded(tmp_path: Path) -> None:
+    path = long_trail(tmp_path, 3)
+    path.write_bytes(path.read_bytes() + b"x" * LIMIT)
+    audit.append(path, "init", {}, LIMIT)
+    assert not audit.sealed(path) and audit.read(path)[-2].event == "torn_line"
+    audit.append(path, "init", {}, LIMIT)
+    assert len(audit.sealed(path)) == 1 and audit.verify(path) == 6
+
+
+def test_a_torn_first_line_of_a_later_file(tmp_path: Path) -> None:
+    path = long_trail(tmp_path)
+    count = len(audit.read(path)) - path.read_bytes().count(b"\n")
+    path.write_bytes(path.read_bytes()[:30])
+    assert f"{path}: what follows entry 0 is cut short" in broken_at(path)
+    audit.append(path, "init", {}, LIMIT)
+    assert [entry.event for entry in audit.read(path)[count:]] == ["torn_line", "init"]
+
+
+def writers(path: Path, count: int, events: str) -> list[subprocess.Popen[bytes]]:
+    script = (
+        "import itertools, sys; from pathlib import Path; from client import audit\n"
+        f"for k in {events}: audit.append(Path(sys.argv[1]), 'check', {{'accepted': k}}, {LIMIT})"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    return [subprocess.Popen(command, cwd=Path.cwd()) for _ in range(count)]
+
+
+def test_processes_that_seal_at_the_same_time_make_one_chain(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    running = writers(path, 3, "range(40)")
+    while any(process.poll() is None for process in running):
+        if path.exists():
+            audit.read(path)  # whoever looks on meanwhile sees a whole chain
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert audit.verify(path) == 120 and len(audit.sealed(path)) >= 20
+
+
+def test_a_kill_at_any_moment_breaks_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    before = 0
+    for turn in range(4):
+        (process,) = writers(path, 1, "itertools.count()")
+        end = time.monotonic() + 30
+        while time.monotonic() < end and len(audit.sealed(path)) < 3 * (turn + 1):
+            time.sleep(0.005)
+        time.sleep(0.001 * turn)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        audit.append(path, "init", {}, LIMIT)
+        count = audit.verify(path)
+        assert count > before
+        before = count

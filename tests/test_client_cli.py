@@ -427,7 +427,7 @@ def test_nothing_of_a_path_or_a_table_gets_into_what_is_kept(
     ("arguments", "hint"),
     [
         (["chekc"], "check"),
-        (["xyz"], "Expected one of approve, audit, check, forget, init, join, ledger"),
+        (["xyz"], "Expected one of approve, audit, check, doctor, forget, init, join, ledger"),
         (["audit", "verfiy"], "verify"),
         (["check", "site.toml", "--fils"], "--files"),
         (["forget", "x.csv", "--stie", "x"], "--site"),

@@ -729,6 +729,7 @@ def test_another_user_is_turned_away_by_the_daemon(tmp_path: Path) -> None:
     config = founded(tmp_path / "s", socket=str(shared / "x.sock"), peers=[54321])
     script = (
         "import os, sys, json\nfrom pathlib import Path\nfrom client.relay import Relay\n"
+        "import common.messages\n"  # which the other user may not be able to read
         "os.setgroups([]); os.setgid(54321); os.setuid(int(sys.argv[2]))\n"
         "print(json.dumps(Relay(Path(sys.argv[1]), 'north').status()))\n"
     )

@@ -744,3 +744,18 @@ def test_a_status_is_written_at_once_when_it_changes(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text("{}")
     with pytest.raises(OSError, match="damaged"):
         read_status(tmp_path)
+
+
+def test_a_trouble_that_lasts_is_written_again_so_that_the_link_does_not_look_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1e9
+    monkeypatch.setattr("client.link_status.time.time", lambda: now)
+    file = StatusFile(tmp_path, "north", "host:1")
+    file.say("refused")
+    for _ in range(20):
+        now += 20.0
+        file.say("refused")
+    found = read_status(tmp_path)
+    assert found is not None
+    assert (found.code, found.since, found.written) == ("refused", 1e9, 1e9 + 400.0)

@@ -29,6 +29,7 @@ from client.site_config import (
     read_site,
 )
 from common.errors import ConfigError, UsageError
+from common.sections import LogsSection, MonitorSection
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "site": SiteSection,
@@ -37,6 +38,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "policy": PolicySection,
     "coordinator": CoordinatorSection,
     "compute": ComputeSection,
+    "logs": LogsSection,
+    "monitor": MonitorSection,
 }
 
 

@@ -13,16 +13,19 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from client import up
+from client import balance, site_ledger, status_view, up
+from client import status as standing
 from client.cli import site
 from client.link_status import GOOD, LOCK, WORDS, StatusFile
 from client.refused import REFUSED
 from client.site_config import SiteConfig, read_site
 from client.status import SiteStatus, status
+from common import live
 from common.errors import ConfigError
-from common.files import write_json
+from common.files import write_atomic, write_json
 from common.locks import exclusive
 from common.messages import REFUSALS
+from common.privacy import Release
 
 READY = {"state": "ready", "code": "", "phase": "", "done": 0, "total": 0}
 
@@ -204,3 +207,102 @@ def test_the_document_is_what_scripts_rely_on(config: SiteConfig) -> None:
     assert all(isinstance(link[key], str) for key in texts)
     assert all(isinstance(link[key], int | float) for key in numbers)
     assert link["last_contact"] is None
+
+
+# What it is at
+
+
+WORKING = {
+    **READY,
+    "state": "working",
+    "phase": "training",
+    "done": 3,
+    "total": 9,
+    "last": {"phase": "training", "seconds": 12.4},
+}
+
+
+def document(config: SiteConfig, said: dict[str, Any]) -> dict[str, Any]:
+    return {**status(config, said).document(), "privacy": balance.balance(config)}
+
+
+def test_what_a_site_is_at_is_shown_in_figures(config: SiteConfig) -> None:
+    with exclusive(config.link_folder / LOCK, "a link"):
+        file = linked(config, "connected", 4e9)
+        file.count(2_000_000, 3_000)
+        file.say("working")
+        file.say("timeout")
+        now = time.time()
+        said = {**WORKING, "since": now - 100, "run": {"name": "chest", "round": 3, "rounds": 20, "heard": now - 200}}
+        lines = list(status_view.lines(document(config, said)))
+    assert "run                   chest, round 3 of 20, heard of 3 min ago" in lines
+    assert "at work               training 3 of 9, begun 2 min ago" in lines
+    assert "last work             training, 12 s" in lines
+    assert any(line.endswith("3.0 kB in, 2.0 MB out, 0 messages answered") for line in lines)
+    assert "certificate           the coordinator's, until 2096-10-02" in lines
+    assert not any(line.startswith("privacy") for line in lines)  # nothing was spent
+
+
+def test_a_daemon_of_an_earlier_version_is_shown(config: SiteConfig) -> None:
+    said = {**READY, "phase": "training", "run": {"name": "", "round": 3, "heard": None}}
+    lines = list(status_view.lines(document(config, said)))
+    assert "run                   no name, round 3, heard of never" in lines
+    assert "at work               training, begun never" in lines
+
+
+@pytest.fixture
+def spent(config: SiteConfig) -> SiteConfig:
+    """A site with a budget, of which a run has taken something."""
+    config.state.mkdir(mode=0o700)
+    write_atomic(config.secret, b"0" * 32, mode=0o600)
+    config.path.write_text(config.path.read_text() + "[policy]\nmax_epsilon = 3.0\nmax_delta = 1e-5\n")
+    ledger = site_ledger.open_ledger(config, write=True)
+    release = Release(2.0, 0.1, 10)
+    ledger.plan("a" * 64, patients=100, cohort="b" * 64, unit="patient", delta=1e-5, releases=(release,))
+    ledger.reserve("a" * 64, "round", [release])
+    return read_site(config.path)
+
+
+def test_what_was_spent_is_read_from_the_ledger(spent: SiteConfig) -> None:
+    found = balance.balance(spent)
+    assert found["unknown"] == "" and found["max_epsilon"] == 3.0 and found["delta"] == 1e-5
+    assert found["epsilon"] + found["left"] == pytest.approx(3.0) and 0 < found["epsilon"] < 3
+    expected = (
+        f"privacy               epsilon {found['epsilon']:.3f} spent at delta 1e-05, {found['left']:.3f} left of 3"
+    )
+    assert expected in list(status_view.lines(document(spent, READY)))
+
+
+def test_the_ledger_is_read_again_when_it_changed(spent: SiteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = iter([1.0, 2.0])
+    monkeypatch.setattr(balance, "_spent", lambda _config: (next(read), 1e-5))
+    again = balance.watched(spent)
+    assert [again()["epsilon"] for _ in range(3)] == [1.0, 1.0, 1.0]
+    with (spent.state / "ledger.jsonl").open("ab") as file:
+        file.write(b"\n")
+    assert again()["epsilon"] == 2.0
+
+
+def test_a_ledger_that_is_damaged_hides_nothing_else(spent: SiteConfig) -> None:
+    (spent.state / "ledger.jsonl").write_bytes(b"{}\n")
+    found = document(spent, READY)
+    assert found["privacy"]["unknown"] == "consilium site ledger says what is wrong with it"
+    assert found["privacy"]["epsilon"] is None
+    assert "privacy               not known: consilium site ledger says what is wrong with it" in status_view.lines(
+        found
+    )
+
+
+def test_watching_prints_a_document_for_each_change(config: SiteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [READY, {**READY, "memory": {"resident": 5}}, {**READY, "state": "starting"}]
+
+    def ask(_config: SiteConfig) -> dict[str, Any]:
+        if not said:
+            raise KeyboardInterrupt
+        return said.pop(0)
+
+    monkeypatch.setattr(standing, "ask", ask)
+    monkeypatch.setattr(live, "PAUSE_S", 0.0)
+    run = CliRunner().invoke(site, ["status", str(config.path), "--watch", "--json"], standalone_mode=False)
+    assert run.return_value == 1  # the link is not running
+    assert [json.loads(line)["daemon"]["state"] for line in run.stdout.splitlines()] == ["ready", "starting"]

@@ -55,6 +55,11 @@ def expectation(wire="float32", max_norm=None):
     return Expectation(SHAPES, wire, int(SUPPORT[0].sum()), max_norm)
 
 
+def test_a_reply_of_another_round_is_none():
+    admit_update(trained(round=3), replace(expectation(), round=3))
+    rejects("wrong_round", trained(round=2), replace(expectation(), round=3))
+
+
 def rejects(reason, reply, expected):
     assert reason in REASONS
     with pytest.raises(Rejected) as caught:

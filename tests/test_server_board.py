@@ -98,3 +98,26 @@ def test_a_value_of_another_kind_ends_nobody(tmp_path_factory: pytest.TempPathFa
 def test_no_board_yet(tmp_path: Path) -> None:
     assert board.read(tmp_path) is None
     assert board.read(tmp_path / "gone") is None
+
+
+def test_a_site_that_has_answered_is_asked_in_the_next_round(tmp_path: Path) -> None:
+    made = Board(tmp_path, SITES, 3)
+    made.progress("rounds", 0, 3)
+    made.site("north", "answered", 0, 0)
+    made.site("south", "not connected", 0, 0)
+    before = shown(tmp_path)
+    made.progress("rounds", 1, 3)
+    after = shown(tmp_path)["sites"]
+    assert (after["north"]["at"], after["south"]["at"]) == ("asked", "not connected")
+    assert after["north"]["since"] >= before["sites"]["north"]["since"]
+
+
+def test_a_round_that_is_told_twice_is_one(tmp_path: Path) -> None:
+    made = Board(tmp_path, SITES, 3)
+    made.progress("rounds", 0, 3)
+    made.moved("north", 5, 7)
+    made.progress("rounds", 0, 3)
+    found = shown(tmp_path)
+    assert found["sites"]["north"]["round_bytes_up"] == 7 and found["round_since"] is not None
+    made.progress("rounds", 3, 3)
+    assert shown(tmp_path)["round_since"] is None

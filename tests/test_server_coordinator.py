@@ -498,6 +498,7 @@ def test_a_description_that_cannot_be_is_not_believed_and_that_is_said(lab, supp
     ("field", "value", "reason"),
     [
         ("num_examples", 10**12, "examples_differ"),
+        ("round", 1, "wrong_round"),
         ("train_loss", float("nan"), "not_finite"),
         ("brier", np.array([1e9]), "bad_statistics"),
         ("weights", np.zeros(3, np.float32), "wrong_shape"),
@@ -527,6 +528,34 @@ def test_a_norm_limit_is_kept(lab):
     found = lab.execute(start, hostile_grid(lab, start, change))
     assert {entry["sites"]["south"]["reason"] for entry in found.rounds[1:]} == {"norm_too_large"}
     assert max(np.abs(value).max() for value in found.weights.values()) < 100
+
+
+@pytest.mark.slow
+def test_an_update_out_of_all_proportion_costs_the_site_its_round_without_any_limit(lab):
+    def change(name, request, reply):
+        if name == "south" and isinstance(reply, Trained) and request.round == 2:
+            return replace(reply, weights=np.full_like(reply.weights, 1e3))
+        return reply
+
+    start = lab.start(sites={"quorum": 2})
+    found = lab.execute(start, hostile_grid(lab, start, change))
+    assert found.contributed == {"north": 3, "south": 2, "west": 3}
+    assert found.rounds[2]["sites"]["south"] == {
+        **found.rounds[2]["sites"]["south"], "status": "quarantined", "examples": 0, "reason": "norm_too_large"
+    }  # fmt: skip
+    assert max(np.abs(value).max() for value in found.weights.values()) < 100
+
+
+def test_a_site_that_claims_to_hold_the_world_is_left_out(lab):
+    def change(name, request, reply):
+        if name == "south" and isinstance(reply, Description):
+            return replace(reply, support=reply.support * 10**9)
+        return reply
+
+    start = lab.start(sites={"quorum": 2})
+    found = lab.execute(start, hostile_grid(lab, start, change))
+    assert found.cast.status["south"] == "quarantined(bad_statistics)"
+    assert found.contributed == {"north": 3, "south": 0, "west": 3}
 
 
 # ------------------------------------------------------------------------------------------------- poor data

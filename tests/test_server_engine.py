@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from common.errors import CheckpointError, ConsiliumError
+from common.errors import CheckpointError, ConsiliumError, Interrupted
 from common.locks import exclusive
 from common.run_config import RunConfig
 from server import board, engine, founding, runs
@@ -73,20 +74,28 @@ def test_one_engine_drives_a_run_and_one_a_coordinator(config: ServerConfig) -> 
 
 
 @pytest.mark.slow
-def test_without_a_superlink_a_run_fails_in_one_line_and_leaves_its_result(config: ServerConfig) -> None:
+def test_without_a_superlink_a_run_is_interrupted_in_one_line(config: ServerConfig) -> None:
     folder = a_run(config)
     with pytest.raises(
         ConsiliumError, match=r"the coordinator's SuperLink does not answer at 127\.0\.0\.1:1; start it"
     ):
         engine.run(config, folder)
     facts = board.read(folder)
-    assert facts is not None and facts["status"] == "failed" and "does not answer" in facts["error"]
-    assert json.loads((folder / "result.json").read_text())["status"] == "failed"
+    assert facts is not None and facts["status"] == "interrupted" and "does not answer" in facts["error"]
+    assert not (folder / "result.json").exists(), "the run goes on"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), ConsiliumError("it fails"), engine.Stopped()]
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.ENOENT, "No such file or directory"),
+        ConsiliumError("it fails"),
+        Interrupted("it is away"),
+        engine.Stopped(),
+    ],
+    ids=str,
 )
 def test_whatever_ends_a_run_is_one_line_on_its_board(
     config: ServerConfig, monkeypatch: pytest.MonkeyPatch, error: BaseException
@@ -99,14 +108,25 @@ def test_whatever_ends_a_run_is_one_line_on_its_board(
     with pytest.raises(ConsiliumError) as caught:
         engine.run(config, folder)
     expected = {
-        OSError: ("failed", f"{folder}: cannot be used (No space left on device)"),
-        ConsiliumError: ("failed", "it fails"),
-        engine.Stopped: ("stopped", engine.STOPPED),
-    }[type(error)]
+        str(OSError(errno.ENOSPC, "No space left on device")): (
+            "interrupted",
+            f"{folder}: cannot be used (No space left on device)",
+        ),
+        str(OSError(errno.ENOENT, "No such file or directory")): (
+            "failed",
+            f"{folder}: cannot be used (No such file or directory)",
+        ),
+        "it fails": ("failed", "it fails"),
+        "it is away": ("interrupted", "it is away"),
+        "": ("stopped", engine.STOPPED),
+    }[str(error)]
     facts = board.read(folder)
     assert facts is not None and (facts["status"], facts["error"]) == expected
     assert str(caught.value) == expected[1]
-    assert json.loads((folder / "result.json").read_text())["error"] == expected[1]
+    if expected[0] == "interrupted":
+        assert not (folder / "result.json").exists(), "the run goes on"
+    else:
+        assert json.loads((folder / "result.json").read_text())["error"] == expected[1]
 
 
 def test_a_folder_that_is_gone(config: ServerConfig, tmp_path: Path) -> None:

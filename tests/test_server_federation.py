@@ -53,7 +53,8 @@ class Station:
             case Describe():
                 return Description(self.name, np.ones((3, 2), np.int64), "")
             case Train():
-                return Trained(np.zeros(5, np.float16), request.round, float(request.round), **STATISTICS)
+                vector = np.zeros(5, np.float16)
+                return Trained(vector, request.round, float(request.round), **STATISTICS, round=request.round)
             case Prepare() if self.name == "refuser":
                 raise SiteRefusal("unknown_run")
             case Prepare() if self.name == "faulty":
@@ -320,7 +321,7 @@ def test_bytes_of_weights_are_values_times_the_size_of_the_wire_type(dtype):
         assert answer.traffic.weights_up == 5 * 2
         assert answer.traffic.other_down == 3 * 8 + len("fingerprint") + len("print") + len("round") + 8
         statistics = sum(value.nbytes for value in STATISTICS.values())
-        facts = ("num_examples", "train_loss", "epsilon", "steps")
+        facts = ("num_examples", "train_loss", "epsilon", "steps", "round")
         assert answer.traffic.other_up == statistics + sum(len(name) + 8 for name in facts)
 
 

@@ -12,11 +12,18 @@ import pytest
 
 from common import certificates
 from common.errors import UsageError
+from common.sections import LogsSection, MonitorSection
 from server.founding import TEMPLATE, found, server_toml
 from server.server_config import CertificatesSection, NetworkSection, ServerSection, ServerToml, read_server
 
 ADDRESS = "coordinator.example.org:9443"
-SECTIONS = {"server": ServerSection, "network": NetworkSection, "certificates": CertificatesSection}
+SECTIONS = {
+    "server": ServerSection,
+    "network": NetworkSection,
+    "certificates": CertificatesSection,
+    "logs": LogsSection,
+    "monitor": MonitorSection,
+}
 
 
 def explained() -> dict[str, dict[str, str]]:

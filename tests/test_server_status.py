@@ -2,18 +2,22 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
+from common import live
 from common.files import write_atomic
 from common.run_config import RunConfig
-from server import founding, runs, status
+from server import founding, runs, status, status_view
 from server.board import Board
+from server.cli import server
 from server.control import Control, NodeFacts
 from server.server_config import ServerConfig, read_server
 
@@ -35,7 +39,7 @@ def a_run(config: ServerConfig, seed: int = 0) -> Path:
 
 def shown(found: dict[str, Any]) -> str:
     console = Console(file=io.StringIO(), width=60)
-    status.show(found, console)
+    status_view.show(found, console)
     file: Any = console.file
     return str(file.getvalue())
 
@@ -131,6 +135,95 @@ def test_a_damaged_file_hides_nothing_else(config: ServerConfig, name: str) -> N
     assert all("\n" not in warning for warning in found["warnings"])
     assert (found["run"] is None) == (name == "runs.json")
     assert (found["certificate"] is None) == (name == "server.pem")
+
+
+def a_board(folder: Path, starts: int = 1) -> Board:
+    """Return the board of a run that is in its third round of five, in which one site was lost."""
+    for _ in range(starts):
+        board = Board(folder, SITES, 5, 1)
+    board.progress("rounds", 2, 5)
+    board.moved("north", 2_000_000, 1_000)
+    board.judged("north", "contributed", "", (0.5, 2.0))
+    board.judged("south", "lost", "absent", None)
+    for seconds in (10.0, 14.0):
+        board.ended_round(seconds)
+    board.chosen(2, 0.8125)
+    board.progress("rounds", 2, 5)  # written at once
+    return board
+
+
+def test_a_run_in_figures(config: ServerConfig) -> None:
+    a_board(folder := a_run(config), starts=2)
+    run = status.status(config)["run"]
+    assert (run["starts"], run["best"], run["round_seconds"]) == (2, {"round": 2, "score": 0.8125}, 12.0)
+    assert run["quorum"] == {"needed": 1, "usable": 1, "sites": 2}
+    assert 30 < run["eta_s"] <= 36 and run["begun"] <= run["since"] <= run["round_since"]
+    north = status._site("north", {}, runs.runs(config)[0])
+    south = status._site("south", {}, runs.runs(config)[0])
+    assert (north["bytes_down"], north["epsilon"], north["epsilon_left"], north["code"]) == (2_000_000, 0.5, 1.5, "")
+    assert north["seconds"] is not None and set(north["at"]) == {"at", "done", "total", "since"}
+    assert south["code"] == "absent" and south["trouble"].startswith("lost: it is not connected; ask the hospital")
+    assert folder.name in run["folder"]
+
+
+def test_what_is_shown_of_a_run(config: ServerConfig) -> None:
+    a_board(a_run(config), starts=2)
+    (driven,) = runs.runs(config)
+    node = NodeFacts("north", 1, "", "online", "2026-01-02T03:04:05.678+00:00", time.time() + 30)
+    found = status.status(config)
+    found["sites"] = {name: status._site(name, {"north": node}, driven) for name in SITES}
+    console = Console(file=io.StringIO(), width=160)
+    console.print(status_view.view(found))
+    file: Any = console.file
+    text = file.getvalue()
+    assert "12 s a round; rounds end in about 3" in text and "1 of 2 sites usable, quorum 1" in text
+    assert "best round 2 (0.8125); engine 2 of this run" in text
+    assert re.search(r"north +connected .* 2.0 MB / 1.0 kB +2.0 MB / 1.0 kB +0.0 s +0.500 / 1.500 +0.0 s ago", text)
+    assert "south lost: it is not connected" in text
+
+
+def test_what_a_site_was_seen_to_do_stays_after_the_end(config: ServerConfig) -> None:
+    board = a_board(a_run(config))
+    board.end("failed", "why", {"north": "contributed", "south": "refused(policy)"})
+    found = status.status(config)
+    assert found["run"]["eta_s"] is None and found["run"]["quorum"]["usable"] == 1
+    south = status._site("south", {}, runs.runs(config)[0])
+    assert (south["code"], south["at"], south["bytes_down"]) == ("policy", None, 0)
+    assert south["trouble"].startswith("refused: its own policy")
+
+
+def test_a_board_of_an_earlier_version(config: ServerConfig) -> None:
+    folder = a_run(config)
+    Board(folder, SITES, 5).progress("rounds", 1, 5)
+    facts = json.loads((folder / "progress.json").read_text())
+    new = {"quorum", "begun", "phase_since", "round_since", "round_seconds", "best"}
+    old = {key: value for key, value in facts.items() if key not in new}
+    bare = {name: {key: held[key] for key in ("at", "done", "total", "since")} for name, held in facts["sites"].items()}
+    (folder / "progress.json").write_text(json.dumps({**old, "sites": bare}))
+    run = status.status(config)["run"]
+    assert (run["eta_s"], run["quorum"], run["best"], run["begun"]) == (None, None, None, None)
+    assert status._site("north", {}, runs.runs(config)[0])["bytes_down"] == 0
+    assert "running, round 2 of 5 (rounds)" in shown(status.status(config))
+
+
+def test_watching_prints_a_document_for_each_change(config: ServerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = a_board(a_run(config))
+    steps: list[Callable[[], object]] = [dict, dict, lambda: board.progress("test", 0, 2)]
+    real, looks = status.status, iter(steps)
+
+    def looked(asked: ServerConfig) -> dict[str, Any]:
+        step = next(looks, None)
+        if step is None:
+            raise KeyboardInterrupt
+        step()
+        return real(asked)
+
+    monkeypatch.setattr(status, "status", looked)
+    monkeypatch.setattr(live, "PAUSE_S", 0.0)
+    command = ["status", "--server", str(config.path), "--watch", "--json"]
+    run = CliRunner().invoke(server, command, standalone_mode=False)
+    assert run.return_value == 1  # the coordinator is not up
+    assert [json.loads(line)["run"]["phase"] for line in run.stdout.splitlines()] == ["rounds", "test"]
 
 
 @pytest.mark.slow

@@ -112,10 +112,11 @@ def test_a_superlink_that_dies_comes_back_and_none_outlives_its_supervisor(confi
     with running(config) as process:
         assert process.stderr is not None
         await_up(config, process)
-        said = [process.stderr.readline() for _ in range(3)]
+        said = [process.stderr.readline() for _ in range(4)]
         assert said[0].startswith("coordinator chest: hospitals reach it at 127.0.0.1:")
         assert said[1].startswith("warning: ") and "expires in 2 days" in said[1]
         assert said[2].startswith("superlink: started as process ")
+        assert said[3].startswith("keeper: started as process ")
         first = superlink_of(config)
         os.kill(first, signal.SIGKILL)
         assert "ended with exit code -9; starts again in 1 s" in process.stderr.readline()
