@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-faults check format bench clean
+.PHONY: help install demo test test-faults check format bench soak kit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,8 +23,8 @@ demo: install ## the main job: a federation of five drawn hospitals, its report 
 test: install ## all tests
 	$(BIN)/pytest -n 2
 
-test-faults: install ## processes that are killed, hang or stay away, with the waiting that takes (about 10 minutes)
-	$(BIN)/pytest -n 2 -m faults
+test-faults: install ## every fault at several moments, hostile peers, several hosts (FAULTS=sample SEED=1: one moment of each)
+	$(BIN)/pytest -n 2 --dist loadscope -m faults --faults $(or $(FAULTS),all) --fault-seed $(or $(SEED),0) --fault-table runs/faults.md
 
 check: install ## format, lint, types, import layers and the fast tests: before each commit
 	$(BIN)/ruff format --check .
@@ -44,6 +44,12 @@ bench: install ## figures beside plain Flower (BENCH="--dataset FILE.npz" for ot
 	$(BIN)/python -P -m simulations.intake_bench
 	$(BIN)/python -P -m simulations.fuzz
 	$(BIN)/python -P -m simulations.wire_bench
+
+soak: install ## run after run for MINUTES (120), and whether memory, files, threads or disk grow: in runs/soak
+	$(BIN)/python -P -m simulations.soak --minutes $(or $(MINUTES),120)
+
+kit: install ## an offline installation kit in dist/, with all wheels (about 3 GB)
+	deploy/make-kit.sh $(BIN)/python
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info
