@@ -13,6 +13,7 @@
     ├── LedgerError               the ledger of spent privacy cannot be used
     │   ├── CohortChanged         a run comes back with other patients than it was planned for
     │   └── BudgetExceeded        a run would take more than the hospital allows
+    ├── Interrupted               what a run rests on is away for now: the SuperLink
     ├── QuorumLost                fewer usable replies than the run asked for
     └── SiteRefusal               a site answers a request with a code of the closed list, never with text
 

@@ -1,17 +1,28 @@
-"""The model of a settled run, as numbers: built in a process of its own, which takes torch and its memory with it."""
+"""The model of a settled run, as numbers: built in a process of its own, which takes torch and its memory with it.
+
+It is kept beside the run's state, so that a resumed run goes on without the seconds that building it takes.
+"""
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import ConsiliumError
+from common import checkpoint
+from common.errors import CheckpointError, ConsiliumError
+from common.files import write_json
 from common.run_config import RunConfig
+
+FACTS, TENSORS = "drawing.json", "drawing.safetensors"
+_TRUNK, _WEIGHT = "trunk", "weight "
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,47 @@ class Drawing:
     weights: dict[str, NDArray[np.float32]]  # trainable values before round 1
     stages: tuple[int, ...]  # widths of what the head reads, if each stage is scaled by itself
     source: str  # where the backbone's weights came from
+
+
+def drawn_once(run: RunConfig, folder: Path) -> Drawing:
+    """Return the drawing of a run's model: the one that is kept in its state, or a new one, which is kept.
+
+    Raises:
+        ConsiliumError: the model cannot be built, or its process was killed.
+        OSError: it cannot be kept.
+    """
+    with suppress(CheckpointError, KeyError, TypeError, ValueError):  # what cannot be read is drawn again
+        held = _kept(folder)
+        if held is not None and held.fingerprint == run.fingerprint():
+            return held
+    found = drawn_apart(run)
+    folder.mkdir(exist_ok=True)
+    _keep(found, folder)
+    return found
+
+
+def _keep(found: Drawing, folder: Path) -> None:
+    weights = {f"{_WEIGHT}{name}": value for name, value in found.weights.items()}
+    digest = checkpoint.write_tensors(folder / TENSORS, {**weights, _TRUNK: np.frombuffer(found.trunk, np.uint8)})
+    facts = {"fingerprint": found.fingerprint, "frozen": found.frozen, "stages": found.stages, "source": found.source}
+    write_json(folder / FACTS, {**facts, "sha256": digest})
+
+
+def _kept(folder: Path) -> Drawing | None:
+    try:
+        facts = json.loads((folder / FACTS).read_bytes())
+    except OSError:
+        return None
+    tensors = checkpoint.read_tensors(folder / TENSORS, str(facts["sha256"]))
+    weights = {name.removeprefix(_WEIGHT): value for name, value in tensors.items() if name != _TRUNK}
+    return Drawing(
+        fingerprint=str(facts["fingerprint"]),
+        trunk=tensors[_TRUNK].tobytes(),
+        frozen=int(facts["frozen"]),
+        weights={name: np.asarray(value, np.float32) for name, value in weights.items()},
+        stages=tuple(map(int, facts["stages"])),
+        source=str(facts["source"]),
+    )
 
 
 def drawn_apart(run: RunConfig) -> Drawing:

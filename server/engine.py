@@ -32,7 +32,7 @@ from server.board import read as read_board
 from server.company import Cast, Start
 from server.control import Control, bundle, roster
 from server.coordinator import Coordinator, Outcome
-from server.drawing import drawn_apart
+from server.drawing import drawn_once
 from server.federation import Federation, Network
 from server.logbook import Logbook
 from server.report import page
@@ -149,7 +149,7 @@ def prepared(config: ServerConfig, plan: RunConfig, folder: Path) -> Bench:
     Raises:
         CheckpointError: the weights are not those that the run was settled with.
     """
-    drawing = drawn_apart(plan)
+    drawing = drawn_once(plan, folder / "state")
     if drawing.fingerprint != plan.fingerprint():
         raise CheckpointError(f"{folder}: the backbone's weights have changed since the run was made; start a new run")
     trunk = TrunkFacts(plan.model.trunk_sha256, drawing.frozen, len(drawing.trunk))
@@ -186,7 +186,7 @@ def _drive(config: ServerConfig, start: Start, book: Logbook, cast: Cast) -> Out
 
 
 def largest_reply(start: Start) -> int:
-    """Return how many bytes no honest reply of a run goes beyond: an update, the sums of a closed form, and a margin."""
+    """Return how many bytes no honest reply goes beyond: an update, or the sums of a closed form, and a margin."""
     update = 4 * parameters.count(start.weights)
     labels, width = start.weights[HEAD_WEIGHT].shape
     return 2 * update + 8 * int(width + 1) * int(width + 1 + labels) + 2**24

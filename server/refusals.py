@@ -10,9 +10,9 @@ from collections.abc import Mapping
 WORDS: Mapping[str, str] = {
     # refusals: `common.messages.REFUSALS`
     "malformed": "it could not read the request; install the same version of consilium at both ends",
-    "unknown_run": "it no longer knows the run, which is described to it again before the next round",
-    "unknown_trunk": "the backbone's frozen part did not reach it whole; it is sent again before the next round",
-    "not_prepared": "its features are not ready; it is prepared again before the next round",
+    "unknown_run": "it no longer knows the run; nothing: before the next round it is described to it again",
+    "unknown_trunk": "the frozen part of the backbone did not reach it whole; nothing: it is sent again",
+    "not_prepared": "its features are not ready; nothing: it is prepared again before the next round",
     "labels_differ": "it has labels that the run has not, or of another kind; make [task] labels and kind of run.toml "
     "and its own labels agree",
     "preprocessing_differs": "it shows its images in another way; make [data] preset and image_size of run.toml and of "

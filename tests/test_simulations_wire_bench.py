@@ -211,9 +211,12 @@ def test_answers_of_a_light_site_are_admitted_and_differ_between_sites_and_round
     admit_sums(first.answer(request), request, support[0], 6)
     edges = np.linspace(-3, 3, 9)[None]
     admit_evaluation(first.answer(Evaluate("f", "test", np.zeros(50, np.float32), edges)), Declared(support[2]), edges)
-    expected = Expectation({"w": (5, 10)}, "float32", int(support[0].sum()))
+    examples = int(support[0].sum())
     updates = [
-        admit_update(site.answer(Train("f", number, np.zeros(50, np.float32), edges)), expected)["w"].tobytes()
+        admit_update(
+            site.answer(Train("f", number, np.zeros(50, np.float32), edges)),
+            Expectation({"w": (5, 10)}, "float32", examples, round=number),
+        )["w"].tobytes()
         for site in (first, second)
         for number in (1, 2)
     ]
