@@ -44,6 +44,7 @@ bench: install ## figures beside plain Flower (BENCH="--dataset FILE.npz" for ot
 	$(BIN)/python -P -m simulations.intake_bench
 	$(BIN)/python -P -m simulations.fuzz
 	$(BIN)/python -P -m simulations.wire_bench
+	$(BIN)/python -P -m simulations.recovery_bench
 
 soak: install ## run after run for MINUTES (120), and whether memory, files, threads or disk grow: in runs/soak
 	$(BIN)/python -P -m simulations.soak --minutes $(or $(MINUTES),120)

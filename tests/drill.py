@@ -21,6 +21,7 @@ import numpy as np
 from client import audit
 from client.site_config import read_site
 from client.status import ask
+from common import checkpoint
 from common.run_config import RunConfig, build
 from server import board, keeper, runs, up
 from server.server_config import read_server
@@ -68,10 +69,11 @@ class Play:
         self.disks: dict[str, Path] = {}  # of the coordinator and of site-3, if they are small ones
 
     @contextmanager
-    def run(self, name: str, **sites: Any) -> Iterator[Path]:
+    def run(self, name: str, rounds: int = ROUNDS, **sites: Any) -> Iterator[Path]:
         """Start a run with other `[sites]`, and yield its folder; whatever happens, its engine is gone afterwards."""
         run: RunConfig = self.scene.run
-        run = run.model_copy(update={"sites": run.sites.model_copy(update=sites)})
+        training = run.training.model_copy(update={"rounds": rounds})
+        run = run.model_copy(update={"sites": run.sites.model_copy(update=sites), "training": training})
         place = self.disks.get(COORDINATOR, self._folder)
         folder = runs.make_folder(self.stage.config, run, place / "played" / name)
         self.start(folder)
@@ -111,7 +113,7 @@ class Play:
 
         there = partial(keeper.is_there, up.logs(self.stage.config))
         status = runs.follow(folder, looked, lambda: there() or time.monotonic() < end)
-        found: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
+        found = result(folder)
         assert found["status"] == status, (found["status"], status)
         return found
 
@@ -140,11 +142,11 @@ class Play:
         return found
 
     def check_finite(self, folder: Path) -> None:
-        """Check that the model is one: finite, and of reasonable size."""
-        from safetensors.numpy import load_file
-
-        for value in load_file(folder / "model/upper.safetensors").values():
-            assert np.isfinite(value).all() and np.abs(value).max() < 100
+        """Check that the model is one: finite, and no value far beyond those of the undisturbed one."""
+        usual = checkpoint.from_bytes(self.undisturbed)
+        for name, value in checkpoint.read_tensors(folder / "model/upper.safetensors").items():
+            assert np.isfinite(value).all()
+            assert np.abs(value).max() < 10 * max(1.0, float(np.abs(usual[name]).max())), name
 
     def check_clean(self, folder: Path) -> None:
         """Check that nothing half-made is left, at the coordinator and at the sites."""
@@ -280,6 +282,21 @@ def stripes(folder: Path) -> Path:
     return folder / "stripes.npz"
 
 
+def simulated(folder: Path) -> tuple[Scene, bytes]:
+    """Return what is played, and the bytes of the model that the simulation of it ends with."""
+    plan = build({**PLAN, "simulation": {**PLAN["simulation"], "dataset": str(stripes(folder))}}, "test")
+    scene = set_scene(plan, folder / "cache", silent)
+    simulate(Job(plan, folder / "simulated", folder / "cache"), silent)
+    assert result(folder / "simulated")["best_round"] > 0, "or nothing trained counts"
+    return scene, (folder / "simulated/model/upper.safetensors").read_bytes()
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """Return the result of a run that has ended."""
+    found: dict[str, Any] = json.loads((folder / "result.json").read_bytes())
+    return found
+
+
 @contextmanager
 def opened(folder: Path, *, hard: bool) -> Iterator[Play]:
     """Set the stage, and know from the simulation what a run on it must end with.
@@ -288,11 +305,7 @@ def opened(folder: Path, *, hard: bool) -> Iterator[Play]:
         folder: for data and logs.
         hard: whether nginx stands before the coordinator, site-2's line can be cut, and disks can be filled.
     """
-    plan = build({**PLAN, "simulation": {**PLAN["simulation"], "dataset": str(stripes(folder))}}, "test")
-    scene = set_scene(plan, folder / "cache", silent)
-    simulate(Job(plan, folder / "simulated", folder / "cache"), silent)
-    undisturbed = (folder / "simulated/model/upper.safetensors").read_bytes()
-    assert json.loads((folder / "simulated/result.json").read_bytes())["best_round"] > 0, "or nothing trained counts"
+    scene, undisturbed = simulated(folder)
     with ExitStack() as stack:
         stage = stack.enter_context(open_stage(scene.sites, "cpu", logs=folder / "logs"))
         play = Play(stage, scene, undisturbed, folder)

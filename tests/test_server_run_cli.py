@@ -466,7 +466,7 @@ def test_a_plan_that_cannot_be_settled(coordinator: Coordinator, changes: dict[s
     assert list(coordinator.config.runs.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_run_goes_on_whatever_becomes_of_who_looks_on(coordinator: Coordinator) -> None:
     write_plan(coordinator.folder / "plan.toml")
     with coordinator.command("run", "plan.toml", group=True) as process:
