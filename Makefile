@@ -23,7 +23,7 @@ demo: install ## the main job: a federation of five drawn hospitals, its report 
 test: install ## all tests
 	$(BIN)/pytest -n 2
 
-test-faults: install ## every fault at several moments, hostile peers, several hosts (FAULTS=sample SEED=1: one moment of each)
+test-faults: install ## every fault at several moments, hostile peers, several hosts: 45 minutes (FAULTS=sample SEED=1: some of them)
 	$(BIN)/pytest -n 2 --dist loadscope -m faults --faults $(or $(FAULTS),all) --fault-seed $(or $(SEED),0) --fault-table runs/faults.md
 
 check: install ## format, lint, types, import layers and the fast tests: before each commit

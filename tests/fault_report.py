@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+SAMPLE = 10
+"""Faults of a sample: some minutes."""
+
+PLAYED = "test_fault_table"
 COLUMNS = ("fault", "moment", "struck in", "outcome", "status", "model", "seconds")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults")
-    group.addoption("--faults", choices=("all", "sample"), default="all", help="sample: one moment of each fault")
+    group.addoption(
+        "--faults", choices=("all", "sample"), default="all", help=f"sample: {SAMPLE} faults, each at one moment"
+    )
     group.addoption("--fault-seed", type=int, default=0, help="draws a sample's moments, and the pauses before faults")
     group.addoption("--fault-table", type=Path, metavar="FILE", help="write the table of faults as Markdown")
 
@@ -23,24 +29,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--faults", "all") == "all":
         return
-    kept = {item.nodeid for item in sample(items, int(config.getoption("--fault-seed")))}
+    cells = [item for item in items if PLAYED in item.nodeid]
+    kept = {item.nodeid for item in sample(cells, int(config.getoption("--fault-seed")))}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
     items[:] = [item for item in items if item.nodeid in kept]
 
 
-def sample(items: Iterable[pytest.Item], seed: int) -> Iterator[pytest.Item]:
-    """Yield one moment of each fault, and every test that has no moments."""
+def sample(items: Iterable[pytest.Item], seed: int, size: int = SAMPLE) -> list[pytest.Item]:
+    """Return some faults, each at one moment, drawn by a seed; the same for the same seed."""
     moments: dict[str, list[pytest.Item]] = {}
     for item in items:
         called = getattr(item, "callspec", None)
         params = called.params if called is not None else {}
-        fault = params.get("name", params.get("kind"))
-        if fault is None or not {"moment", "number"} & set(params):
-            yield item
-        else:
+        if {"moment", "number"} & set(params):
+            fault = params.get("name", params.get("kind"))
             moments.setdefault(f"{item.nodeid.partition('[')[0]} {fault}", []).append(item)
-    for name, found in moments.items():
-        yield random.Random(f"{seed} {name}").choice(found)
+    draw = random.Random(seed)
+    return [draw.choice(moments[name]) for name in draw.sample(sorted(moments), min(size, len(moments)))]
 
 
 @pytest.fixture
@@ -60,7 +65,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     failed = [
         (report.nodeid.partition("[")[2].rstrip("]"), "", "", "FAILED", "", "", "")
         for report in terminalreporter.stats.get("failed", [])
-        if "test_fault_table" in report.nodeid and "fault" not in dict(report.user_properties)
+        if PLAYED in report.nodeid and "fault" not in dict(report.user_properties)
     ]
     if not rows and not failed:
         return

@@ -1,8 +1,8 @@
 """Every fault at several moments of a run: it ends by itself, says truly how, and loses nothing.
 
 Where the same sites contributed the model has the bytes of the undisturbed run. The table of faults and outcomes is
-printed at the end, and written where `--fault-table` says. `--faults sample` takes one moment of each fault, drawn by
-`--fault-seed`; all of them are taken by default.
+printed at the end, and written where `--fault-table` says. `--faults sample` takes some faults, each at one moment,
+drawn by `--fault-seed`; all of them are taken by default.
 """
 
 from __future__ import annotations
