@@ -35,7 +35,7 @@ def compact(path: Path, least: int = LEAST) -> None:
                 database.execute("VACUUM")
                 database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     except sqlite3.Error as error:
-        _log.warning("the database is not made smaller (%s)", type(error).__name__)
+        _log.info("the database is not made smaller (%s)", type(error).__name__)  # whoever opens it says more
 
 
 def _pragma(database: sqlite3.Connection, name: str) -> int:

@@ -491,7 +491,7 @@ def test_a_run_goes_on_whatever_becomes_of_who_looks_on(coordinator: Coordinator
     assert (found["schema"], found["name"], found["up"], found["warnings"]) == (1, "chest", True, [])
     assert found["certificate"]["days_left"] > 390
     for site in found["sites"].values():
-        assert set(site) == {"connected", "state", "since", "at", "trouble"}
+        assert {"connected", "state", "since", "at", "trouble"} < set(site)
         assert (site["connected"], site["state"], site["since"], site["trouble"]) == (False, "never seen", "", "")
     facts = {key: found["run"][key] for key in ("folder", "status", "pid", "round", "rounds", "done", "error")}
     expected = {"folder": str(folder), "status": "running", "pid": started["run"]["pid"], "round": 0, "rounds": 2}
