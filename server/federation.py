@@ -57,8 +57,10 @@ MOST_DEADLINES = 23
 AGAIN = frozenset({"unavailable", "unknown_ticket"})
 """Refusals that a site gets over by itself: its daemon is starting, or was started anew."""
 
-TOO_LARGE = 100
-"""Code of an error that stands for a reply which is larger than any that was asked for; Flower's own are below."""
+TOO_LARGE, UNREADABLE = 100, 101
+"""Codes of errors that stand for a reply which is larger than any that was asked for, or none; Flower's are below."""
+
+_MISMADE = {TOO_LARGE: "too_large", UNREADABLE: "unreadable"}
 
 _PHASE = re.compile("[a-z][a-z ]{0,23}")
 
@@ -332,9 +334,10 @@ class _Exchange:
         self._open = {errand.site: errand for errand in errands}
         begin = quiet = time.monotonic()
         while self._open:
+            turn = time.monotonic()
             self._send()
             found = False
-            for answer in chain(self._receive(), self._look()):  # one at a time: they may be large
+            for answer in chain(self._receive(), self._look(turn)):  # one at a time: they may be large
                 found = True
                 yield answer
             now = time.monotonic()
@@ -346,6 +349,12 @@ class _Exchange:
                 time.sleep(min(SLOWEST_POLL_S, max(POLL_S, (now - quiet) / 20)) if self._network else POLL_S)
         for errand in self._open.values():
             yield Answer(errand.site, None, "lost", "deadline", errand.traffic)
+
+    def _excuse(self, seconds: float) -> None:
+        """Let no site pay for time in which nobody could be heard: the SuperLink was away, or a reply was taken in."""
+        if seconds >= LOOK_S:
+            for errand in self._open.values():
+                errand.life += seconds
 
     def _send(self) -> None:
         now = time.monotonic()
@@ -402,8 +411,8 @@ class _Exchange:
 
         The text of a Flower error is not passed on, for it may hold anything.
         """
-        if message.has_error() and message.error.code == TOO_LARGE:
-            return self._failed(errand, "quarantined", "too_large", again=False)
+        if message.has_error() and message.error.code in _MISMADE:
+            return self._failed(errand, "quarantined", _MISMADE[message.error.code], again=False)
         if message.has_error():
             return self._failed(errand, "lost", "unreachable", again=True)
         try:
@@ -438,9 +447,10 @@ class _Exchange:
             return None
         return Answer(errand.site, None, status, reason, errand.traffic)
 
-    def _look(self) -> Iterator[Answer]:
+    def _look(self, turn: float) -> Iterator[Answer]:
         """Ask those again who have been restarted with a message in hand, and give up who is gone for long."""
         now = time.monotonic()
+        self._excuse(now - turn)
         if self._network is None or now < self._looked + LOOK_S:
             return
         self._looked = now

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.faults
 
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 HOSTILE = (mischief.__file__,)
+MANY = 60
+"""Rounds of a run that a site can join on its way: its link looks for the coordinator every 20 seconds at least."""
 
 Wait = Callable[[Play, Path], None]
 
@@ -63,6 +65,7 @@ class Fault:
     outcome: Callable[[Play, Path, str], dict[str, Any]]
     sites: dict[str, Any] = field(default_factory=dict)  # of the run
     before: Callable[[Play, ExitStack], None] | None = None
+    rounds: dict[str, int] = field(default_factory=dict)  # by moment, where it takes more than a few
     needs: Callable[[Play], str] = lambda _play: ""
 
 
@@ -74,14 +77,14 @@ def whole(play: Play, folder: Path, _moment: str) -> dict[str, Any]:
     return play.check_undisturbed(folder)
 
 
-def without(site: str, *statuses: str, least: dict[str, int]) -> Callable[[Play, Path, str], dict[str, Any]]:
+def without(site: str, *statuses: str, least: dict[str, int], rounds: int = ROUNDS) -> Callable[..., dict[str, Any]]:
     """Return the check of a run in which a site missed something, or nothing if the fault came too late."""
 
     def check(play: Play, folder: Path, moment: str) -> dict[str, Any]:
         found = play.outcome(folder)
         if found["status"] == "completed":
             return play.check_undisturbed(folder)
-        return play.check_partial(folder, site, statuses, range(least[moment], ROUNDS + 1))
+        return play.check_partial(folder, site, statuses, range(least[moment], rounds + 1))
 
     return check
 
@@ -150,12 +153,17 @@ def unreachable_for_good(play: Play, _folder: Path, stack: ExitStack) -> None:
 
 
 def away_at_first(play: Play, stack: ExitStack) -> None:
+    """Have site-2 come up behind a line that is cut: it is there, and the coordinator has not heard of it."""
     play.stage.end("site-2")
-    stack.callback(play.stage.await_connected, ["site-2"])
+    until(lambda: "site-2" not in play.stage.connected())
+    stack.enter_context(parted(play))
+    play.stage.start("site-2")
+    until(lambda: play.ready("site-2"))
 
 
 def comes(play: Play, _folder: Path, _stack: ExitStack) -> None:
-    play.stage.start("site-2")
+    assert play.line is not None
+    play.line.cut = False
 
 
 def hang(play: Play, _folder: Path, _stack: ExitStack) -> None:
@@ -331,9 +339,10 @@ AWAY = {
     "late": Fault(
         "a site joins late",
         comes,
-        without("site-2", "contributed", "lost(absent)", least={"setup": 0, "round": 0, "end": 0}),
+        without("site-2", "contributed", "lost(absent)", least={"setup": 0, "round": 1, "end": 0}, rounds=MANY),
         {"quorum": 2, "patience_s": 10.0},
         before=away_at_first,
+        rounds={"round": MANY},
     ),
     "slow": Fault(
         "a site is slow beyond the deadline",
@@ -450,7 +459,7 @@ def struck(play: Play, name: str, fault: Fault, moment: str, seed: int) -> tuple
         if fault.before is not None:
             fault.before(play, stack)
         begin = time.monotonic()
-        with play.run(f"{name}-{moment}", **fault.sites) as folder:
+        with play.run(f"{name}-{moment}", fault.rounds.get(moment, ROUNDS), **fault.sites) as folder:
             MOMENTS[moment](play, folder)
             time.sleep(drill.jitter(seed, name, moment))
             phase = str((board.read(folder) or {}).get("phase"))

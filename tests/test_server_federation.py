@@ -28,7 +28,7 @@ from common.messages import (
     to_record,
 )
 from server import federation as module
-from server.federation import Federation, Network, Present, Traffic
+from server.federation import TOO_LARGE, UNREADABLE, Federation, Network, Present, Traffic
 from simulations.grid import Fault, InProcessGrid
 
 NAMES = ("a", "b", "c")
@@ -557,3 +557,33 @@ def test_large_replies_are_pulled_a_few_at_a_time(quick):
     answers = asked(federation, InstallTrunk("print", "ab", np.zeros(1000, np.uint8)), names)
     assert {answer.status for answer in answers.values()} == {"contributed"}
     assert max(pulled) == 2
+
+
+def test_nobody_pays_for_time_in_which_nobody_could_be_heard(quick):
+    line = Line(a=["describe"], b=["describe"])
+    pull, stalled = line.pull_messages, []
+
+    def away(identities):
+        if stalled:
+            return pull(identities)
+        time.sleep(0.8)  # the SuperLink is being restarted
+        stalled.append(True)
+        return []
+
+    line.pull_messages = away
+    answers = Federation(line, 5.0, Network(line.roster, patience_s=0.3)).find(("a", "b"), Describe("run"))
+    assert {name: answer.status for name, answer in answers.items()} == {"a": "contributed", "b": "contributed"}
+
+
+@pytest.mark.parametrize(("code", "reason"), [(TOO_LARGE, "too_large"), (UNREADABLE, "unreadable")])
+def test_a_reply_that_cannot_be_had_is_no_loss_on_the_way(quick, code, reason):
+    line = Line(a=["describe"], b=["describe"])
+    said = line._said
+
+    def mismade(name, word, message):
+        return Message(Error(code=code, reason="x"), reply_to=message) if name == "b" else said(name, word, message)
+
+    line._said = mismade
+    answers = Federation(line, 5.0, Network(line.roster)).find(("a", "b"), Describe("run"))
+    assert (answers["b"].status, answers["b"].reason) == ("quarantined", reason)
+    assert [name for name, _, _ in line.sent].count("b") == 1, "it was asked again"
