@@ -257,6 +257,9 @@ class Coordinator:
     def _outcome(self, current: RunState, test: Measured, spent: Mapping[str, float]) -> Outcome:
         rounds = self._log.read() if self._log else self._entries
         contributed = contributed_rounds(rounds, self._run.sites.names)
+        for site in test.sites:  # who was away for a moment, or not asked for a round since the engine began, was in it
+            if contributed[site] and self._cast.status[site].startswith(("registered", "lost")):
+                self._cast.say(site, "contributed")
         expected = len(self._run.sites.names)
         complete = all(count == self._last_round for count in contributed.values()) and len(test.sites) == expected
         return Outcome(

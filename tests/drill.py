@@ -121,11 +121,15 @@ class Play:
         """Check that a run ended as if nothing had happened."""
         found = self.outcome(folder)
         assert found["status"] == "completed", {site: facts["status"] for site, facts in found["sites"].items()}
-        assert (folder / "model/upper.safetensors").read_bytes() == self.undisturbed
+        assert self.same(folder)
         assert [entry["round"] for entry in found["rounds"]] == list(range(ROUNDS + 1))
         assert all(site["rounds"] == ROUNDS for site in found["sites"].values())
         self.check_clean(folder)
         return found
+
+    def same(self, folder: Path) -> bool:
+        """Return whether a run ended with the bytes of the undisturbed one."""
+        return (folder / "model/upper.safetensors").read_bytes() == self.undisturbed
 
     def check_partial(self, folder: Path, site: str, statuses: tuple[str, ...], rounds: range) -> dict[str, Any]:
         """Check that a run went on without a site's full part, says so, and lost nothing of the others."""

@@ -89,6 +89,18 @@ def without(site: str, *statuses: str, least: dict[str, int], rounds: int = ROUN
     return check
 
 
+def changed(play: Play, folder: Path, moment: str) -> dict[str, Any]:
+    """Site-2 is in with the data that it declared, or it is not believed any more."""
+    found = play.outcome(folder)
+    if found["status"] == "completed" and moment == "setup":  # it declared what it has now
+        assert all(site["rounds"] == ROUNDS for site in found["sites"].values())
+        play.check_clean(folder)
+        return found
+    statuses = ("contributed", "quarantined(examples_differ)", "quarantined(bad_statistics)")
+    least = {"setup": 0, "round": 1, "end": ROUNDS - 1}
+    return without("site-2", *statuses, least=least)(play, folder, moment)
+
+
 # Processes that are killed
 
 
@@ -378,18 +390,7 @@ WORLD = {
     "certificate": Fault("the certificate has expired, and is renewed after 8 s", expired, whole, PATIENT),
 }
 DECIDED = {
-    "data": Fault(
-        "a site's data changed",
-        rewritten("site-2", fewer_examples),
-        without(
-            "site-2",
-            "contributed",
-            "quarantined(examples_differ)",
-            "quarantined(bad_statistics)",
-            least={"setup": 0, "round": 1, "end": ROUNDS - 1},
-        ),
-        {"quorum": 2},
-    ),
+    "data": Fault("a site's data changed", rewritten("site-2", fewer_examples), changed, {"quorum": 2}),
     "policy": Fault(
         "a site's policy refuses the run from now on",
         rewritten("site-2", stricter),
@@ -430,7 +431,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
 def row(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[..., None]:
     """Return what adds a row to the table."""
 
-    def add(fault: str, moment: str, phase: str, found: dict[str, Any], seconds: float) -> None:
+    def add(fault: str, moment: str, phase: str, found: dict[str, Any], seconds: float, *, same: bool) -> None:
         sites = {site: f"{facts['status']}, {facts['rounds']} rounds" for site, facts in found["sites"].items()}
         record_property(
             "fault",
@@ -439,7 +440,7 @@ def row(request: pytest.FixtureRequest, record_property: Callable[[str, object],
                 "moment": moment,
                 "phase": phase,
                 "status": found["status"],
-                "bytes": "equal" if found["status"] == "completed" else "a site missed rounds",
+                "bytes": "the undisturbed run's" if same else "another",
                 "sites": sites,
                 "seconds": round(seconds, 1),
             },
@@ -449,8 +450,12 @@ def row(request: pytest.FixtureRequest, record_property: Callable[[str, object],
     return add
 
 
-def struck(play: Play, name: str, fault: Fault, moment: str, seed: int) -> tuple[dict[str, Any], str, float]:
-    """Play one run with one fault, and return its result, the phase that was struck, and how long it took."""
+def struck(play: Play, name: str, fault: Fault, moment: str, seed: int) -> tuple[dict[str, Any], str, float, bool]:
+    """Play one run with one fault.
+
+    Returns:
+        Its result, the phase that was struck, how long it took, and whether its model is the undisturbed run's.
+    """
     reason = fault.needs(play)
     if reason:
         pytest.skip(reason)
@@ -465,7 +470,8 @@ def struck(play: Play, name: str, fault: Fault, moment: str, seed: int) -> tuple
             phase = str((board.read(folder) or {}).get("phase"))
             fault.strike(play, folder, stack)
             found = fault.outcome(play, folder, moment)
-    return found, phase, time.monotonic() - begin
+            same = play.same(folder)
+    return found, phase, time.monotonic() - begin, same
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -474,8 +480,8 @@ def test_a_run_ends_and_says_truly_how(
     name: str, moment: str, play: Play, row: Callable[..., None], fault_seed: int
 ) -> None:
     fault = FAULTS[name]
-    found, phase, seconds = struck(play, name, fault, moment, fault_seed)
-    row(fault.what, moment, phase, found, seconds)
+    found, phase, seconds, same = struck(play, name, fault, moment, fault_seed)
+    row(fault.what, moment, phase, found, seconds, same=same)
 
 
 @pytest.fixture(scope="module")
@@ -507,4 +513,5 @@ def test_an_answer_that_must_not_count_does_not(
                 folder, "site-3", ("contributed", f"quarantined({REASON[kind]})"), range(ROUNDS - 1, ROUNDS)
             )
             assert found["rounds"][number]["sites"]["site-3"]["reason"] == REASON[kind]
-    row(f"a site sends {POISON[kind]}", f"round {number}", "rounds", found, time.monotonic() - begin)
+        same = play.same(folder)
+    row(f"a site sends {POISON[kind]}", f"round {number}", "rounds", found, time.monotonic() - begin, same=same)
