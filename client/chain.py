@@ -161,11 +161,16 @@ def write(handle: int, content: bytes) -> None:
     """Add bytes to the end of a file; on disk when this returns.
 
     Raises:
-        OSError: they cannot be written, or only a part of them.
+        OSError: they cannot be written; none of them is there then.
     """
-    while content:
-        content = content[os.write(handle, content) :]
-    os.fsync(handle)
+    size = os.fstat(handle).st_size
+    try:
+        while content:
+            content = content[os.write(handle, content) :]
+        os.fsync(handle)
+    except OSError:
+        os.ftruncate(handle, size)  # the disk is full: no half of a line stays
+        raise
 
 
 def sync(folder: Path) -> None:

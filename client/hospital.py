@@ -12,15 +12,18 @@ opened anew: in a run, also after a restart, with those examples that are left o
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import logging
 import os
 import re
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,6 +59,9 @@ if TYPE_CHECKING:
 
 OpenCohort = Callable[[Progress], Cohort]
 """Returns a site's examples, telling of its progress."""
+
+LEAST_ROOM = 2**20
+"""Bytes below which a disk is full: an event of the trail still fits, and nothing else."""
 
 _Marks = tuple[tuple[int, ...], bytes]
 _RELEASE = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+")
@@ -164,6 +170,9 @@ class Hospital:
             self._let_out(kind, asked, getattr(request, "fingerprint", ""), content, progress)
             self._told = None
         except Exception as error:  # recorded, and raised on
+            if _no_room(error, self._config.state):
+                _log.warning("there is no room on the disk of the site's state")  # nor in the trail
+                raise SiteRefusal("no_room") from error
             self._record(kind, error.code if isinstance(error, SiteRefusal) else "internal")
             raise
         return content
@@ -476,3 +485,16 @@ def _read_members(config: SiteConfig, fingerprint: str) -> NDArray[np.uint8] | N
     if content[:32].hex() != fingerprint or len(content) % 32:
         return None
     return np.frombuffer(content, np.uint8, offset=32).reshape(-1, 32)
+
+
+def _no_room(error: Exception, state: Path) -> bool:
+    """Return whether work failed because the disk is full; a library may hide why, so the disk is asked as well."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        cause = cause.__context__
+    try:
+        return not isinstance(error, SiteRefusal) and shutil.disk_usage(state).free < LEAST_ROOM
+    except OSError:
+        return False

@@ -59,6 +59,10 @@ REFUSED = {
         "the site's data cannot be used",
         "Run consilium site check.",
     ),
+    "no_room": (
+        "the disk of the site's state is full",
+        "Make room; what waited goes on by itself, and a run that went on without the site takes it in again.",
+    ),
     "internal": (
         "the site failed",
         "Look at the end of daemon.log in the site's state, and report it.",

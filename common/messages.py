@@ -40,6 +40,7 @@ REFUSALS = (
     "no_cohort",  # the site's data cannot be used; its own log says why
     "unknown_ticket",  # the work that is asked for is not known here: the site was restarted since
     "unavailable",  # the site's daemon cannot be reached from its link
+    "no_room",  # the disk of the site's state is full
     "internal",  # the site failed; its own log says why
 )
 

@@ -54,7 +54,7 @@ PROBATION_S = 30.0
 MOST_DEADLINES = 23
 """Deadlines by which a site that goes on working may be late while the run is prepared: a day, by default."""
 
-AGAIN = frozenset({"unavailable", "unknown_ticket"})
+AGAIN = frozenset({"unavailable", "no_room", "unknown_ticket"})
 """Refusals that a site gets over by itself: its daemon is starting, or was started anew."""
 
 TOO_LARGE, UNREADABLE = 100, 101
@@ -441,7 +441,7 @@ class _Exchange:
         """Return a failure as the answer, or None where a network may be at fault and the request goes out again."""
         if again and self._network:
             self._watch(errand.site, reason, 0, 0)
-            if reason == "unavailable":
+            if reason in ("unavailable", "no_room"):
                 errand.trouble = reason
             errand.again(unknown=reason == "unknown_ticket")
             return None

@@ -34,6 +34,7 @@ WORDS: Mapping[str, str] = {
     "unknown_ticket": "it was started anew in the middle of its work; resume the run",
     "unavailable": "its link is connected, but its daemon does not answer; ask the hospital to look at "
     "`consilium site status`",
+    "no_room": "its disk is full; ask the hospital to make room",
     "internal": "it failed; its own log says why: ask the hospital",
     # losses: `server.federation`
     "absent": "it is not connected; ask the hospital to look at `consilium site status`, or raise [sites] patience_s",

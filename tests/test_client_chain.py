@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,3 +94,21 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 def test_a_time_of_another_form_is_no_entry(time: str) -> None:
     entry: Any = chain._linked(time, "word", {}, chain.START)
     assert chain.parse(chain._canonical(vars(entry)) + b"\n", anything).wrong == 1
+
+
+def test_what_does_not_fit_on_the_disk_leaves_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"whole\n")
+    true, calls = os.write, []
+
+    def full(handle: int, content: bytes) -> int:
+        calls.append(content)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return true(handle, content[:3])
+
+    with chain.opened(path, os.O_RDWR | os.O_APPEND) as handle, monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            chain.write(handle, b"a line\n")
+    assert len(calls) == 2 and path.read_bytes() == b"whole\n"

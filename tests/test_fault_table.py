@@ -375,8 +375,8 @@ WORLD = {
     "full-site": Fault(
         "a site's disk is full for 6 s",
         full_disk("site-3"),
-        without("site-3", "contributed", "refused(internal)", least={"setup": 0, "round": 1, "end": ROUNDS - 1}),
-        {"quorum": 2, **PATIENT},
+        whole,
+        PATIENT,
         needs=needs_mount,
     ),
     "clock": Fault(
