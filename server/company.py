@@ -120,7 +120,8 @@ class Company:
                 self._take_in(site, answer.reply)
             else:
                 self.cast.note(unbelievable(answer))
-        for site in absurd_examples({site: self.cast.examples[site] for site in self.cast.ready}):
+        absurd = absurd_examples({site: self.cast.examples[site] for site in self.cast.ready})
+        for site in set(absurd) & set(names):  # who is in stays in, whoever comes
             self.cast.support.pop(site)
             self.cast.say(site, "quarantined(bad_statistics)")
 

@@ -45,6 +45,9 @@ SLOWEST_POLL_S = 0.5
 LOOK_S = 1.0
 """Seconds between two looks at who is connected."""
 
+EXCUSED_S = 5.0
+"""Seconds without a look at any site that no site pays for; a coordinator that is merely busy looks more often."""
+
 LONGEST_EXCHANGE_S, SLOWEST_BYTES_S = 60.0, 50_000
 """An answer that is later than this many seconds and bytes a second was lost on the way, and is asked for again."""
 
@@ -352,7 +355,7 @@ class _Exchange:
 
     def _excuse(self, seconds: float) -> None:
         """Let no site pay for time in which nobody could be heard: the SuperLink was away, or a reply was taken in."""
-        if seconds >= LOOK_S:
+        if seconds >= EXCUSED_S:
             for errand in self._open.values():
                 errand.life += seconds
 

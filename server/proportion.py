@@ -13,7 +13,7 @@ from statistics import median_low
 ABSURD_NORM = 100.0
 """Times the median norm of a round's updates that no honest update reaches."""
 
-ABSURD_EXAMPLES, MANY_EXAMPLES = 10_000, 1_000_000
+ABSURD_EXAMPLES, MANY_EXAMPLES = 10_000, 10_000_000
 """Times the median number of examples that no hospital holds, unless it is below the second number."""
 
 
@@ -45,7 +45,7 @@ def absurd_examples(examples: Mapping[str, int]) -> list[str]:
     """Return the sites that say that they hold absurdly many examples.
 
     Examples:
-        >>> absurd_examples({"a": 300, "b": 2_000_000, "c": 500, "d": 900_000_000})
+        >>> absurd_examples({"a": 300, "b": 9_000_000, "c": 500, "d": 900_000_000})
         ['d']
     """
     if not examples:

@@ -408,6 +408,7 @@ def quick(monkeypatch):
     """Looks and retries without the waiting that a real network needs."""
     monkeypatch.setattr(module, "LOOK_S", 0.05)
     monkeypatch.setattr(module, "LONGEST_EXCHANGE_S", 0.3)
+    monkeypatch.setattr(module, "EXCUSED_S", 0.5)
 
 
 def over(line, names, *, deadline=5.0, patience=0.3, watch=None):
